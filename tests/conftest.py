@@ -1,0 +1,14 @@
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are defined."""
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)                                        # tensors are small, and the cores may be busy
+hypothesis.settings.register_profile("ssl", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("ssl")
