@@ -1,0 +1,130 @@
+"""What the tests of every kernel share: awkward inputs, guarded memory, and the comparison with PyTorch.
+
+A kernel passes when its error against float64 is at most twice that of plain PyTorch in the same dtype, plus
+one ulp of the largest magnitude that took part. Run in float64, where nothing can hide, it agrees to 1e-12.
+"""
+import contextlib
+import math
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOW = [torch.float32, torch.float16, torch.bfloat16]
+SCALES = [.01, 1., 30.]
+LAYOUTS = ["contiguous", "row-strided", "transposed", "offset", "expanded"]
+MARGIN = 64                                                       # guard elements on each side of a buffer
+
+
+# ---- inputs
+
+def sizes(block, beyond=2):
+    """For an axis tiled by block: 1, primes, the block and its neighbours, past two blocks."""
+    return st.sampled_from([1, 2, 3, 7, block - 1, block, block + 1, beyond * block + 1, beyond * block + 5])
+
+
+def randn(*shape, seed=0, scale=1., dtype=torch.float64):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x * scale).to(DEVICE, dtype)
+
+
+def layout(x, kind):
+    """The values of x (of its first row, if expanded) in this layout, with NaN around them in memory."""
+    if kind == "expanded":
+        return layout(x[:1], "offset").expand_as(x)
+    if kind == "transposed":
+        return layout(x.mT, "row-strided").mT
+    wide = (*x.shape[:-1], x.shape[-1] + (5 if kind == "row-strided" else 0))
+    n, start = math.prod(wide), MARGIN + (kind == "offset")
+    arena = torch.full((n + 2 * MARGIN + 1,), math.nan, dtype=x.dtype, device=x.device)
+    return arena[start:start + n].view(wide)[..., :x.shape[-1]].copy_(x)
+
+
+@contextlib.contextmanager
+def guarded():
+    """torch.empty gives NaN between two canaries: what is not written shows, a write outside fails here."""
+    arenas, empty = [], torch.empty
+
+    def guard(*shape, **options):
+        shape = empty(*shape, device="meta").shape
+        arena = torch.full((shape.numel() + 2 * MARGIN,), 12345, **options)
+        body = arena[MARGIN:MARGIN + shape.numel()]
+        arenas.append((arena, shape.numel()))
+        return body.fill_(math.nan).view(shape)
+
+    with mock.patch("torch.empty", guard), mock.patch("torch.empty_like", lambda x, **o: guard(
+            x.shape, **dict(dtype=x.dtype, device=x.device) | o)):
+        yield
+    for arena, n in arenas:
+        canary = torch.full_like(arena[:MARGIN], 12345)
+        assert arena[:MARGIN].equal(canary) and arena[MARGIN + n:].equal(canary), "write outside the output"
+
+
+# ---- comparison
+
+def run(fn, inputs, go=None):
+    """[value, gradient of each floating input] of fn, in guarded memory; go: the gradient that comes in."""
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    with guarded():
+        value = fn(*leaves)
+        go = None if go is None else torch.full_like(value, go)
+        return [value.detach(), *torch.autograd.grad(value, [x for x in leaves if x.requires_grad], go)]
+
+
+def ulp(largest, dtype):
+    return torch.finfo(dtype).eps * 2. ** math.floor(math.log2(max(largest, torch.finfo(dtype).tiny)))
+
+
+def compare(kernel, reference, inputs, largest=None, go=None):
+    """Value and every gradient, kernel against reference; largest: for each, of the terms it is a sum of."""
+    exact = run(reference, [x.double() if x.is_floating_point() else x for x in inputs], go)
+    plain = run(reference, inputs, go)
+    for i, (e, p, k) in enumerate(zip(exact, plain, run(kernel, inputs, go), strict=True)):
+        name = f"gradient {i - 1}" if i else "value"
+        size = max(e.abs().max().item(), largest[i] if largest else 0)
+        assert (k.dtype, k.shape) == (p.dtype, p.shape), name
+        assert k.isfinite().all(), f"{name} is not finite"
+        error, allowed = (k.double() - e).abs().max().item(), (p.double() - e).abs().max().item()
+        if k.dtype == torch.float64:
+            bound = 1e-12 * max(1, size)
+        else:
+            allowed = math.inf if math.isnan(allowed) else allowed
+            bound = 2 * allowed + ulp(size, k.dtype)
+        assert error <= bound, f"{name}: error {error:.2e}, PyTorch's {allowed:.2e}, bound {bound:.2e}"
+
+
+# ---- what PyTorch asks of an operator
+
+def check_compiles(fn, *inputs):
+    """No graph break, and the same bits with it as without."""
+    results = []
+    for f in fn, torch.compile(fn, backend="aot_eager", fullgraph=True):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        value = f(*leaves)
+        results.append([value, *torch.autograd.grad(value.sum(), leaves)])
+    assert all(a.equal(b) for a, b in zip(*results, strict=True))
+
+
+def check_deterministic(fn, *inputs, times=3):
+    first = run(fn, inputs)
+    for _ in range(times - 1):
+        assert all(a.equal(b) for a, b in zip(first, run(fn, inputs), strict=True))
+
+
+def check_zero_stride_grad(fn, *inputs):
+    """.sum().backward() sends a gradient of stride 0."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    value = fn(*leaves)
+    dense = torch.autograd.grad(value, leaves, torch.ones_like(value), retain_graph=True)
+    flat = torch.autograd.grad(value, leaves, value.new_ones(()).expand_as(value))
+    assert all(a.equal(b) for a, b in zip(dense, flat, strict=True))
+
+
+def check_no_double_backward(fn, *inputs):
+    """The error says what to do about it."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(fn(*leaves).sum(), leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match='impl="reference"'):
+        sum(g.sum() for g in grads).backward()

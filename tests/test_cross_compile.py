@@ -1,0 +1,138 @@
+"""On a machine with no GPU, every kernel compiles for five: it fits, spills nothing, uses the tensor cores.
+
+LAUNCHES has, for each kernel file, the calls of one training step at sizes that people use. A child process
+makes them with the launch replaced by a recorder, so that signatures, tiles and options are the file's own.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TARGETS = {                                                   # backend, arch, warp, shared memory, MMA
+    "sm_80": ("cuda", 80, 32, 166_912, "mma.sync"),
+    "sm_90": ("cuda", 90, 32, 232_448, "wgmma.mma_async"),
+    "sm_100": ("cuda", 100, 32, 232_448, "tcgen05.mma"),
+    "gfx90a": ("hip", "gfx90a", 64, 65_536, "v_mfma"),
+    "gfx942": ("hip", "gfx942", 64, 65_536, "v_mfma"),
+}
+TYPES = ["bf16", "fp32", "tf32"]
+
+
+def contrastive(k, new):                                          # k: the module; new(*shape): a tensor
+    for D in 128, 512:
+        z, lse, go = new(1024, D), new(2, 1024, acc=True), new(acc=True)
+        k._forward_triton(z, .1)
+        k._backward_triton(go, z, lse, .1)
+
+
+LAUNCHES = {"contrastive": contrastive}
+CASES = [(name, kind, target) for name in LAUNCHES for kind in TYPES for target in TARGETS
+         if kind != "tf32" or target.startswith("sm_")]
+
+
+# ---- the child: python test_cross_compile.py
+
+def compile_all():
+    import importlib
+
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+    launches = []
+
+    def record(kernel, *args, grid, warmup, **options):
+        launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | options))
+
+    def source(kernel, values):
+        """What the launcher would ask for: 1 is a constant, and so is what divides by 16 an attribute."""
+        signature, constants, attributes = {}, {}, {}
+        for i, p in enumerate(kernel.params):
+            v = values.pop(p.name)
+            if p.is_constexpr or v is None or type(v) is int and v == 1:
+                signature[p.name], constants[p.name] = "constexpr", v
+            elif isinstance(v, float):
+                signature[p.name] = p.annotation_type or "fp32"
+            else:
+                signature[p.name] = "*" + names[v.dtype] if torch.is_tensor(v) else "i32"
+                if torch.is_tensor(v) or v % 16 == 0:
+                    attributes[i,] = [["tt.divisibility", 16]]
+        return ASTSource(kernel, signature, constants, attributes)
+
+    def spills(asm):
+        if "amdgcn" in asm:
+            return sum(map(int, re.findall(r"\.vgpr_spill_count: *(\d+)", asm["amdgcn"])))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(asm["cubin"])
+            f.flush()
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", f.name]
+            usage = subprocess.check_output(command, text=True)
+        return sum(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+
+    def tensor(dtype, *shape, acc=False):
+        return torch.empty(shape, dtype=torch.float32 if acc else dtype)
+
+    JITFunction.run = record
+    for name, kind, target in CASES:
+        module = importlib.import_module(f"kernels.{name}")
+        backend, arch, warp, shared, instruction = TARGETS[target]
+        torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+        new = partial(tensor, torch.bfloat16 if kind == "bf16" else torch.float32)
+        module._shared_memory = lambda z, shared=shared: shared
+        launches.clear()
+        LAUNCHES[name](module, new)
+        for kernel, values in launches:
+            row = dict(case=[name, kind, target], kernel=kernel.fn.__name__)
+            try:
+                c = triton.compile(source(kernel, values), GPUTarget(backend, arch, warp), options=values)
+                text = c.asm["amdgcn" if backend == "hip" else "ptx"]
+                row |= dict(shared=c.metadata.shared, spills=spills(c.asm), tensor_cores=instruction in text,
+                            dots=c.asm["ttir"].count("tt.dot "))
+            except Exception as e:
+                row |= dict(error=f"{type(e).__name__}: {e}")
+            print(json.dumps(row))
+
+
+# ---- the tests
+
+@pytest.fixture(scope="module")
+def compiled():
+    pytest.importorskip("triton", reason="cross-compilation needs triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(PYTHONPATH=str(ROOT))
+    out = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_compiles(compiled, case):
+    rows = [r for r in compiled if r["case"] == list(case)]
+    assert rows
+    for r in rows:
+        assert "error" not in r, r["kernel"] + ": " + r["error"]
+        assert r["shared"] <= TARGETS[case[2]][3], r
+        assert r["spills"] == 0, r
+        assert r["tensor_cores"] or not r["dots"] or case[1] == "fp32", r
+
+
+def test_every_kernel_is_listed(compiled):
+    """A kernel is a jitted function that stores. Its file is in LAUNCHES, and a case launches it."""
+    launched = {r["kernel"] for r in compiled}
+    for file in (ROOT / "kernels").glob("*.py"):
+        stores = r"@triton\.jit\n\s*def (\w+)\((?:(?!\n\n).)*?tl\.store"
+        for kernel in re.findall(stores, file.read_text(), re.S):
+            assert kernel in launched, f"{file.name}: no case in LAUNCHES compiles {kernel}"
+
+
+if __name__ == "__main__":
+    compile_all()
