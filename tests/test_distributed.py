@@ -1,0 +1,214 @@
+"""Two processes have the gradients and statistics of one with the whole batch; planted mistakes are seen."""
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import common
+from kernels.encoders import create_encoder
+from methods.byol import BYOL
+from methods.simclr import SimCLR
+
+ROOT = Path(__file__).parents[1]
+CLOSE = dict(rtol=1e-9, atol=1e-11)                         # float64
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def images(seed):
+    """Eight images, no two of the same brightness, so that the halves differ."""
+    i = torch.arange(8.).view(8, 1, 1, 1)
+    return rand(8, 3, 8, 8, seed=seed) * (.5 + i / 4) + i
+
+
+def simclr(gather=common.gather):
+    torch.manual_seed(0)
+    return SimCLR(create_encoder("resnet_small", 8), hidden=16, dim=8, gather=gather).double()
+
+
+def byol():
+    torch.manual_seed(0)
+    method = BYOL(create_encoder("resnet_small", 8), hidden=16, dim=8).double()
+    for p in method.teacher.parameters():                   # not equal to the student
+        p.mul_(1.1)
+    return method
+
+
+def norms():
+    """BatchNorm of rows and of maps, and one without weights."""
+    torch.manual_seed(0)
+    method = nn.Module()
+    method.rows, method.maps = nn.BatchNorm1d(3), nn.BatchNorm2d(3)
+    method.bare = nn.BatchNorm1d(3, affine=False)
+    nn.init.normal_(method.maps.weight)
+    nn.init.normal_(method.maps.bias)
+    return method.double()
+
+
+def detached(z):
+    """The mistake of a plain all_gather: the rows of the others are constants."""
+    rows = [torch.empty_like(z) for _ in range(common.world())]
+    dist.all_gather(rows, z.detach().contiguous())
+    rows[common.rank()] = z
+    return torch.cat(rows)
+
+
+def swapped(z):
+    """The mistake of rows in another order on each process, so that views do not pair."""
+    rows = common.gather(z).chunk(common.world())
+    return torch.cat(rows[::-1]) if next(swapped.calls) % 2 else torch.cat(rows)
+
+
+def step(method, share):
+    """Loss, gradients and buffers of one step on this share of the batch."""
+    model = common.distribute(method)
+    loss = model(*(images(seed)[share] for seed in (1, 2)))
+    loss.backward()
+    grads = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+    return dict(loss=loss.detach(), grads=grads, buffers=dict(method.named_buffers()))
+
+
+def norm_step(method, share):
+    """Outputs, gradients and buffers of BatchNorm alone, in training and in evaluation."""
+    common.distribute(method)
+    x = images(3)[share].requires_grad_()
+    y = [method.maps(x), method.rows(x.mean((2, 3))), method.bare(x.mean((2, 3)))]
+    sum((v ** 3 * torch.arange(3).view(-1, *[1] * (v.ndim - 2))).sum() for v in y).backward()
+    method.eval()
+    return dict(y=[v.detach() for v in y], x=x.grad, evaluated=method.maps(x).detach(),
+                weight=method.maps.weight.grad, bias=method.maps.bias.grad,
+                buffers=dict(method.named_buffers()))
+
+
+def together(z):
+    """A function of all rows in which no two play the same part."""
+    return (z.cumsum(0).sin() * torch.arange(1., z.numel() + 1, dtype=z.dtype).view_as(z)).sum()
+
+
+def worker(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
+    share, swapped.calls = slice(rank, None, 2), iter(range(9))             # as Run.steps() deals the images
+    z = rand(3, 2, seed=7 + rank).requires_grad_()
+    rows = common.gather(z)
+    together(rows).backward()
+    out = dict(gather=dict(rows=rows.detach(), grad=z.grad), norms=norm_step(norms(), share),
+               simclr=step(simclr(), share), byol=step(byol(), share),
+               detached=step(simclr(detached), share), swapped=step(simclr(swapped), share))
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("gloo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
+        while not context.join(1):
+            if time.monotonic() > late:
+                for process in context.processes:
+                    process.kill()
+                pytest.fail("the processes wait for each other")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def close(a, b):
+    """Every gradient or buffer, by name."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gather_has_all_rows_in_order_and_their_gradient(both):
+    """Backward sums the copies of the loss: twice the gradient of one process."""
+    z = torch.cat([rand(3, 2, seed=7), rand(3, 2, seed=8)]).requires_grad_()
+    together(z).backward()
+    for rank, found in enumerate(both):
+        assert found["gather"]["rows"].equal(z.detach())
+        torch.testing.assert_close(found["gather"]["grad"], 2 * z.grad[3 * rank:3 * rank + 3], **CLOSE)
+    assert common.gather(z) is z                            # on one process
+
+
+def test_batch_norm_has_the_statistics_of_the_whole_batch(both):
+    """Outputs, gradients, running statistics and evaluation beside torch's own on one process."""
+    whole = norm_step(norms(), slice(None))
+    for rank, found in enumerate(f["norms"] for f in both):
+        for a, b in zip(found["y"], whole["y"], strict=True):
+            torch.testing.assert_close(a, b[rank::2], **CLOSE)
+        torch.testing.assert_close(found["x"], whole["x"][rank::2], **CLOSE)
+        torch.testing.assert_close(found["evaluated"], whole["evaluated"][rank::2], **CLOSE)
+        close({k: v for k, v in found["buffers"].items() if "num_batches" not in k},
+              {k: v for k, v in whole["buffers"].items() if "num_batches" not in k})
+    for name in ("weight", "bias"):                         # of this process's rows; DDP takes the mean
+        torch.testing.assert_close(both[0]["norms"][name] + both[1]["norms"][name], whole[name], **CLOSE)
+
+
+def test_batch_norm_counts_its_batches(both):
+    """The counter is in every state_dict, so it should not depend on the number of processes."""
+    counts = {k: int(v) for k, v in both[0]["norms"]["buffers"].items() if "num_batches" in k}
+    assert set(counts.values()) == {1}                      # FINDING sync-count: it stays at 0
+
+
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_two_processes_have_the_gradient_of_one(name, both):
+    whole = step(dict(simclr=simclr, byol=byol)[name](), slice(None))
+    assert sum(g.abs().max() > 1e-6 for g in whole["grads"].values()) > 10  # there is something to compare
+    for found in (f[name] for f in both):
+        close(found["grads"], whole["grads"])
+        close({k: v for k, v in found["buffers"].items() if "num_batches" not in k},
+              {k: v for k, v in whole["buffers"].items() if "num_batches" not in k})
+    losses = torch.stack([f[name]["loss"] for f in both])
+    torch.testing.assert_close(losses.mean(), whole["loss"], **CLOSE)
+    assert name != "simclr" or losses[0] == losses[1]       # the same loss of all rows on both
+
+
+@pytest.mark.parametrize("mistake", ["detached", "swapped"])
+def test_a_wrong_gather_would_be_noticed(mistake, both):
+    whole = step(simclr(), slice(None))["grads"]
+    name = "encoder.conv1.weight"
+    assert (both[0][mistake]["grads"][name] - whole[name]).norm() > .1 * whole[name].norm()
+
+
+def test_one_process_is_left_as_it_is():
+    method = simclr()
+    kinds = [type(m) for m in method.modules()]
+    assert common.distribute(method) is method and [type(m) for m in method.modules()] == kinds
+
+
+def test_batch_size_must_be_a_multiple(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "world", lambda: 3)
+    with pytest.raises(SystemExit, match="--batch_size 128 must be a multiple of the 3 processes"):
+        common.Run(common.Config(out=str(tmp_path), device="cpu"), __file__)
+
+
+def test_torchrun_from_end_to_end(tmp_path):
+    """One folder, one table, one log; the weights that are kept are those of plain BatchNorm."""
+    flags = "--data toys:n=300 --image_size 16 --batch_size 32 --steps 4 --device cpu --out".split()
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               ROOT / "methods" / "simclr.py", *flags, tmp_path / "runs"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    folder, = (tmp_path / "runs").iterdir()
+    result = json.loads((folder / "result.json").read_text())
+    assert result["steps"] == 4 and "simclr on 2 x cpu" in done.stdout
+    assert done.stdout.count("untrained encoder") == 1 and "Traceback" not in done.stderr
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(line["loss"] > 0 for line in lines)
+    encoder = create_encoder("resnet_small", 16)
+    untrained = copy.deepcopy(encoder.state_dict())
+    encoder.load_state_dict(torch.load(folder / "encoder.pt", weights_only=True))
+    assert not encoder.state_dict()["bn1.running_mean"].equal(untrained["bn1.running_mean"])

@@ -1,0 +1,224 @@
+"""What every method must do: a new file in methods/ is tested by being there. Then what each must do."""
+import importlib
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+ROOT = Path(__file__).parents[1]
+METHODS = sorted(f.stem for f in (ROOT / "methods").glob("*.py"))
+sys.path.insert(0, str(ROOT / "methods"))
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+def train(name, tmp_path, monkeypatch, *flags, images=64):
+    """Runs a method's own main() on one batch, without the evaluation. -> the method, its losses, its log"""
+    losses, seen, module = [], [], load(name)
+    monkeypatch.setattr(common.Run, "finish", lambda self, **extra: seen.append(self))
+    monkeypatch.setattr(common, "probe", lambda *args: dict(knn=0., linear=0.))
+    monkeypatch.setattr(common.Run, "finite", lambda self, loss: losses.append(loss.item()) or loss)
+    argv = ["--data", f"toys:n={images}", "--batch_size", str(images), "--out", str(tmp_path), *flags]
+    module.main(common.parse(module.Config, module.PAPER, argv))
+    return seen[0].method, losses, seen[0].last
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_step(name, tmp_path, monkeypatch):
+    """A finite loss; every trained weight gets a gradient, and no target does."""
+    method, losses, _ = train(name, tmp_path, monkeypatch, "--steps", "1")
+    assert math.isfinite(losses[0])
+    for weight, p in method.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().sum() > 0, weight
+        else:
+            assert p.grad is None, weight
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_thirty_steps_lower_the_loss_on_one_batch(name, tmp_path, monkeypatch):
+    _, losses, _ = train(name, tmp_path, monkeypatch, "--steps", "30")
+    assert sum(losses[-5:]) < .97 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_paper_values_build(name):
+    module = load(name)
+    with torch.device("meta"):
+        method = module.build(module.Config(**module.PAPER))
+    assert sum(p.numel() for p in method.encoder.parameters()) > 10_000_000
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_takes_any_encoder(name):
+    """The method itself asks of its encoder no more than .dim, or a ViT's public seams."""
+    module = load(name)
+    method = module.build(module.Config(image_size=32))
+    assert method.encoder(torch.zeros(2, 3, 32, 32)).shape == (2, method.encoder.dim)
+
+
+# ---- supervised, rotnet
+
+def test_rotnet_turns_counter_clockwise_without_interpolation():
+    x = torch.arange(16.).view(1, 1, 4, 4).expand(2, 3, 4, 4)
+    turned, k = load("rotnet").four_turns(x)
+    assert k.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and torch.equal(turned[:2], x)
+    assert turned[2, 0].tolist() == [[3, 7, 11, 15], [2, 6, 10, 14], [1, 5, 9, 13], [0, 4, 8, 12]]
+    assert torch.equal(turned[4:6], x.flip(2).flip(3)) and torch.equal(turned[6:], x.mT.flip(3))
+
+
+def test_rotnet_cannot_do_better_than_ln_4_where_all_turns_look_alike():
+    method = load("rotnet").build(load("rotnet").Config())
+    x = torch.rand(5, 3, 1, 1).expand(5, 3, 32, 32)
+    assert method.eval()(x) >= math.log(4) - 1e-6                # Jensen: the mean over k of -log p_k
+    nn.init.zeros_(method.classifier.weight)
+    nn.init.zeros_(method.classifier.bias)
+    assert method(torch.rand(5, 3, 32, 32)).item() == pytest.approx(math.log(4), abs=1e-6)
+
+
+def test_supervised_starts_at_ln_classes_and_refuses_other_classes(tmp_path):
+    module = load("supervised")
+    method = module.build(module.Config())
+    nn.init.zeros_(method.classifier.weight)
+    nn.init.zeros_(method.classifier.bias)
+    loss = method(torch.rand(6, 3, 32, 32), torch.arange(6))
+    assert loss.item() == pytest.approx(math.log(10), abs=1e-6)
+    with pytest.raises(SystemExit, match="give --classes 10"):
+        module.main(module.Config(data="toys:n=100", batch_size=50, classes=7, out=str(tmp_path)))
+
+
+# ---- simclr
+
+class Lookup(nn.Module):
+    """An encoder that returns what stands in the image's first pixels."""
+    def __init__(self, dim):
+        super().__init__()
+        self.dim, self.p = dim, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x.flatten(1)[:, :self.dim] + self.p
+
+
+def test_simclr_value_before_training():
+    """Isotropic z: ln(2N-1) + 1/(2 D tau^2), here 6.254 for N=256, D=128, tau=.5."""
+    torch.manual_seed(0)
+    method = load("simclr").SimCLR(Lookup(128), tau=.5)
+    method.projector = nn.Identity()
+    v1, v2 = torch.randn(2, 256, 3, 8, 8)
+    assert method(v1, v2).item() == pytest.approx(math.log(511) + 1 / (2 * 128 * .25), abs=.013)
+    assert method(v1, v1).item() < 4.5                           # aligned views: far below
+
+
+def test_simclr_pairs_the_views_of_one_image():
+    """Orthogonal images, aligned views: each row has 1 positive at cosine 1 and 2N-2 others at 0."""
+    method = load("simclr").SimCLR(Lookup(4), tau=1.)
+    method.projector = nn.Identity()
+    v = torch.eye(4).view(4, 1, 2, 2).repeat(1, 3, 1, 1)
+    assert method(v, 2 * v).item() == pytest.approx(math.log(math.e + 6) - 1, abs=1e-5)
+
+
+# ---- byol
+
+def test_byol_direction_is_the_squared_distance_of_unit_vectors():
+    direction = load("byol").direction
+    p, t = torch.randn(2, 50, 16, dtype=torch.float64)
+    unit = F.normalize(p, dim=1) - F.normalize(t, dim=1)
+    assert direction(p, t).item() == pytest.approx(unit.square().sum(1).mean().item(), abs=1e-12)
+    assert direction(p, 3 * p).item() == pytest.approx(0, abs=1e-12)
+    assert direction(p, -p).item() == pytest.approx(4, abs=1e-12)
+
+
+def test_byol_teacher_is_an_average_of_weights_only():
+    """After a step the teacher has moved by (1-m) of the student's step; BatchNorm's buffers are its own."""
+    module = load("byol")
+    method = module.build(module.Config())
+    before = [p.clone() for p in method.teacher.parameters()]
+    student = list(nn.Sequential(method.encoder, method.projector).parameters())
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], .1)
+    method(*torch.rand(2, 8, 3, 32, 32)).backward()
+    optimizer.step()
+    buffers = [b.clone() for b in method.teacher.buffers()]
+    method.update_teacher(.9)
+    for t, old, s in zip(method.teacher.parameters(), before, student, strict=True):
+        assert torch.allclose(t, .9 * old + .1 * s, atol=1e-7) and t.grad is None
+    assert all(torch.equal(a, b) for a, b in zip(buffers, method.teacher.buffers(), strict=True))
+    assert all(b.sum() > 0 for n, b in method.teacher.named_buffers() if n.endswith("num_batches_tracked"))
+
+
+def test_byol_collapses_without_predictor_and_slow_teacher(tmp_path, monkeypatch, capsys):
+    """Predictor and slow teacher keep the constant away: without them the std monitor falls, and it warns."""
+    flags = "--steps", "60", "--lr", "3e-3", "--encoder", "resnet_small"
+    _, _, kept = train("byol", tmp_path / "a", monkeypatch, *flags)
+    _, losses, log = train("byol", tmp_path / "b", monkeypatch, *flags, "--no-predictor", "--m", "0")
+    assert log["z_std"] < .05 < .5 < kept["z_std"] and losses[-1] < .1
+    assert "WARNING" in capsys.readouterr().out
+
+
+# ---- mae
+
+def test_mae_mask_hides_the_ratio_and_restore_undoes_the_shuffle():
+    mask, keep, restore = load("mae").random_mask(50, 64, .75, "cpu")
+    assert (mask.sum(1) == 48).all() and keep.shape == (50, 16)
+    assert not mask.gather(1, keep).any() and len(mask.unique(dim=0)) == 50
+    order = restore.argsort(1)
+    tokens = torch.randn(50, 64)
+    assert torch.equal(order[:, :16], keep)
+    assert torch.equal(tokens.gather(1, order).gather(1, restore), tokens)
+    share = mask.float().mean(0)                                 # no place is favoured: 5 sigma of 50 draws
+    assert (share - .75).abs().max() < 5 * (.75 * .25 / 50) ** .5
+
+
+def test_mae_predicting_the_patch_mean_costs_p_minus_1_over_p():
+    """Targets are normalised by the unbiased variance of a patch, so a zero prediction costs 47/48."""
+    module = load("mae")
+    method = module.build(module.Config())
+    nn.init.zeros_(method.decoder[-1].weight)
+    nn.init.zeros_(method.decoder[-1].bias)
+    assert method(torch.randn(8, 3, 32, 32)).item() == pytest.approx(47 / 48, abs=1e-4)
+
+
+def test_mae_patches_are_rows_of_the_image_and_come_back():
+    module = load("mae")
+    x = torch.arange(2 * 3 * 8 * 8.).view(2, 3, 8, 8)
+    t = module.patchify(x, 4)
+    assert t.shape == (2, 4, 48)
+    assert t[1, 1, :6].tolist() == [196, 260, 324, 197, 261, 325]        # pixel by pixel, each r g b
+    assert torch.equal(module.unpatchify(t, 4, 8), x)
+
+
+def test_mae_sees_only_kept_patches_and_pays_only_for_hidden_ones():
+    module = load("mae")
+    method, x = module.build(module.Config()).eval(), torch.randn(4, 3, 32, 32)
+    torch.manual_seed(3)
+    prediction, mask = method.reconstruct(x)
+    patches = module.patchify(x, 4)
+    for where, same in ((mask, True), (~mask, False)):
+        other = torch.where(where[..., None], torch.randn_like(patches), patches)
+        torch.manual_seed(3)
+        again, _ = method.reconstruct(module.unpatchify(other, 4, 32))
+        assert torch.allclose(again, prediction, atol=1e-5) == same
+    torch.manual_seed(3)
+    loss = method(x)
+    target = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    by_hand = [(prediction[b, n] - target[b, n]).square().mean() for b, n in mask.nonzero().tolist()]
+    assert loss.item() == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-5)
+
+
+def test_mae_mask_tokens_stand_at_the_hidden_places():
+    """With projection, decoder and positions switched off, a kept token comes out where it went in."""
+    module = load("mae")
+    method = module.build(module.Config()).eval()
+    method.encoder.encode = method.encoder.prepend
+    method.project, method.decoder = nn.Identity(), nn.Identity()
+    method.mask_token, method.positions = nn.Parameter(torch.full((1, 1, 128), 7.)), torch.zeros(())
+    x = torch.randn(3, 3, 32, 32)
+    tokens, (out, mask) = method.encoder.embed(x), method.reconstruct(x)
+    assert torch.allclose(out[~mask], tokens[~mask]) and (out[mask] == 7).all()
