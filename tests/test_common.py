@@ -1,0 +1,649 @@
+"""common.py and kernels/encoders.py: what they promise, against a loop, a formula or a small file."""
+import copy
+import hashlib
+import io
+import math
+import os
+import pickle
+import re
+import tarfile
+import threading
+from dataclasses import dataclass, fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import common
+from common import Config, cosine, features, knn, linear_probe, load_data, make_optimizer, parse, spread
+from kernels.encoders import Attention, create_encoder, resize_positions, sincos_positions
+from kernels.toys import toys
+from kernels.views import normalise
+
+
+@dataclass
+class Flags(Config):
+    tau: float = .2                # temperature
+    flip: bool = True              # 50 % of the images are mirrored
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors are tiny, and threads that wait for a busy core cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def stops(*call):
+    """The one line with which a call stops the program."""
+    with pytest.raises(SystemExit) as e:
+        call[0](*call[1:])
+    assert isinstance(e.value.code, str) and "\n" not in e.value.code, e.value.code
+    return e.value.code
+
+
+# ---- flags
+
+def test_every_flag_is_explained(capsys):
+    """--help has each flag with its comment, default and the paper's value."""
+    with pytest.raises(SystemExit) as e:
+        parse(Flags, dict(tau=.1), ["--help"])
+    out = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    flags = {part.split()[0].rstrip(","): part for part in re.split(r" --(?=\w+ |\w+, )", out)}
+    assert e.value.code == 0
+    for f in fields(Flags):
+        assert re.search(rf"{f.name},? .*\(default {f.default}; paper ", flags[f.name]), f.name
+    assert flags["tau"] == "tau temperature (default 0.2; paper 0.1)"
+    assert "50 % of the images are mirrored (default True; paper the same)" in flags["flip"]
+
+
+@pytest.mark.parametrize("argv, why", [
+    ("--batchsize 64", "unknown flag --batchsize, did you mean --batch_size?"),
+    ("--wieght_decay=1", "did you mean --weight_decay?"), ("--zzz", "unknown flag --zzz, see --help"),
+    ("--batch 64", "did you mean --batch_size?"), ("stray", "unknown flag stray"),
+    ("--batch_size 0", "--batch_size is 0: give a number above 0"), ("--lr nan", "--lr is nan"),
+    ("--lr inf", "--lr is inf"), ("--tau -1", "--tau is -1.0: give a number above 0"),
+    ("--weight_decay -1", "--weight_decay is -1.0: give a number from 0"), ("--tau 0", "--tau is 0"),
+    ("--steps 1.5", "invalid int value: '1.5'"), ("--lr", "expected one argument"),
+    ("--seed -1", "--seed is -1"), ("--flip 1", "unknown flag 1"),
+    ("--momentum 1", "--momentum is 1.0"), ("--beta2 1", "--beta2 is 1.0")])  # FINDING betas
+def test_bad_flags_are_named(argv, why, capsys):
+    with pytest.raises(SystemExit) as e:
+        parse(Flags, {}, argv.split())
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert e.value.code == 2 and "error: " in line and why in line
+
+
+def test_bad_flags_show_one_line_of_usage(capsys):
+    with pytest.raises(SystemExit):
+        parse(Flags, {}, ["--batchsize", "64"])
+    assert len(capsys.readouterr().err.splitlines()) <= 2   # FINDING parse-usage: a block of all the flags
+
+
+def test_flags_and_the_paper():
+    """--paper starts from its values, a given flag beats them; booleans have both forms."""
+    paper = dict(lr=3., tau=.1, epochs=100., flip=False)
+    assert parse(Flags, paper, []) == Flags()
+    cfg = parse(Flags, paper, "--paper --tau .5 --flip --resume".split())
+    assert (cfg.lr, cfg.tau, cfg.epochs, cfg.flip, cfg.resume) == (3., .5, 100., True, True)
+    assert not parse(Flags, {}, "--no-resume --no-flip".split()).flip
+    assert parse(Flags, {}, ["--batch_size=7"]).batch_size == 7
+
+
+def test_given_steps_beat_the_epochs_of_the_paper():
+    """epochs win over steps, so --paper --steps 7 must leave the paper's epochs out."""
+    paper = dict(epochs=100.)
+    cfg = parse(Flags, paper, "--paper --steps 7".split())
+    assert (cfg.steps, cfg.epochs) == (7, 0)                # FINDING paper-steps: the 7 is ignored
+    assert parse(Flags, paper, "--paper --steps 7 --epochs 2".split()).epochs == 2
+
+
+# ---- data
+
+def test_toys_switches_reach_the_toys():
+    data = load_data(Flags(data="toys:n=40,sky,rho=0", image_size=16))
+    train, test = toys(40, sky=True, rho=0., size=16), toys(100, seed=1, sky=True, rho=0., size=16)
+    assert data.images.equal(train["images"]) and data.labels.equal(train["labels"])
+    assert data.test_images.equal(test["images"]) and data.test_masks.equal(test["masks"])
+    assert not data.images.equal(toys(40, size=16)["images"])
+
+
+@pytest.mark.parametrize("switch", ["skyy", "rho=much", "n=nan", "n=inf", "n=-4", "=3", "n=2=3"])
+def test_bad_toys_switches_are_named(switch):
+    line = stops(load_data, Flags(data=f"toys:{switch}"))   # FINDING toys-number: n=inf and n=-4
+    assert f"toys:{switch} " in line and "n, seed, size, objects" in line and "sky" in line
+
+
+def test_unknown_data_is_named():
+    for name in ("nowhere", "cifar", "folder:", "folder", "cifar10:x"):
+        assert f"--data {name} is unknown" in stops(load_data, Flags(data=name))
+
+
+RAW = np.random.default_rng(0).integers(0, 256, (6, 3, 3, 32, 32), np.uint8)  # [file,image,channel,y,x]
+NAMES = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+
+
+def contents(kind):
+    """Bytes of the six files: records of label, red, green, blue; or dictionaries as of Python 2."""
+    labels = [[(3 * f + i) % 10 for i in range(3)] for f in range(6)]
+    if kind == "bin":
+        return [b"".join(bytes([labels[f][i]]) + RAW[f, i].tobytes() for i in range(3)) for f in range(6)]
+    return [pickle.dumps({b"data": x.reshape(3, 3072), b"labels": y, b"batch_label": b"x"}, protocol=2)
+            for x, y in zip(RAW, labels, strict=True)]
+
+
+def write_cifar(root, kind, monkeypatch):
+    end, out = {"bin": ".bin", "py": ""}[kind], root / f"cifar-10-batches-{kind}"
+    out.mkdir(parents=True)
+    md5 = {e: " ".join("0" * 32 for _ in NAMES) for e in common.CIFAR_MD5}
+    md5[end] = " ".join(hashlib.md5(raw).hexdigest() for raw in contents(kind))
+    monkeypatch.setattr(common, "CIFAR_MD5", md5)
+    for name, raw in zip(NAMES, contents(kind), strict=True):
+        (out / (name + end)).write_bytes(raw)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["bin", "py"])
+def test_cifar10_reads_both_layouts(kind, tmp_path, monkeypatch):
+    write_cifar(tmp_path, kind, monkeypatch)
+    data = load_data(Flags(data="cifar10", data_dir=str(tmp_path)))
+    assert data.images.equal(torch.from_numpy(RAW[:5].reshape(15, 3, 32, 32)))
+    assert data.test_images.equal(torch.from_numpy(RAW[5])) and data.images.dtype == torch.uint8
+    assert data.labels.tolist() == [(3 * f + i) % 10 for f in range(5) for i in range(3)]
+    assert data.test_labels.tolist() == [5, 6, 7] and data.labels.dtype == torch.int64
+    assert data.classes[3] == "cat"
+    assert common.cifar10(tmp_path, 48).images.shape == (15, 3, 48, 48)
+    (tmp_path / f"cifar-10-batches-{kind}").rename(tmp_path / "x")  # the files alone, without their folder
+    assert common.cifar10(tmp_path / "x").images.equal(data.images)
+
+
+@pytest.mark.parametrize("kind", ["bin", "py"])
+def test_cifar10_names_the_damaged_file(kind, tmp_path, monkeypatch):
+    file = write_cifar(tmp_path, kind, monkeypatch) / f"data_batch_3{'.bin' if kind == 'bin' else ''}"
+    raw = bytearray(file.read_bytes())
+    raw[100] ^= 1
+    file.write_bytes(raw)
+    assert f"{file} is damaged" in stops(common.cifar10, tmp_path)
+
+
+def test_cifar10_fetches_again_what_was_deleted(tmp_path, monkeypatch):
+    """'delete it and run again' must work for every file, not only for the first."""
+    (write_cifar(tmp_path, "bin", monkeypatch) / "data_batch_3.bin").unlink()
+    monkeypatch.setattr(common, "CIFAR_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    assert "cannot download" in stops(common.cifar10, tmp_path)     # FINDING cifar-deleted: FileNotFoundError
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_cifar10_unpickles_nothing_before_the_check(tmp_path, monkeypatch):
+    file = write_cifar(tmp_path, "py", monkeypatch) / "data_batch_1"
+    file.write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    assert "data_batch_1 is damaged" in stops(common.cifar10, tmp_path) and not (tmp_path / "boom").exists()
+    pickle.loads(file.read_bytes())
+    assert (tmp_path / "boom").exists()                                    # the bomb is a live one
+
+
+def test_cifar10_without_files_or_network_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "CIFAR_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    line = stops(common.cifar10, tmp_path / "data")
+    assert "cifar-10-binary.tar.gz" in line and f"into {tmp_path / 'data'}" in line and "--data_dir" in line
+    monkeypatch.setenv("PATH", "")                                         # a machine without curl
+    assert "'curl'" in stops(common.cifar10, tmp_path / "data")
+
+
+def test_cifar10_unpacks_the_archive(tmp_path, monkeypatch):
+    out = write_cifar(tmp_path / "there", "bin", monkeypatch)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(out, out.name)
+    monkeypatch.setattr(common, "download", lambda url, root, md5: tmp_path / "a.tar.gz")
+    assert common.cifar10(tmp_path / "here").test_images.equal(torch.from_numpy(RAW[5]))
+
+
+@pytest.fixture
+def server():
+    """Serves BLOB with Range support; .ranges: what was asked for."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            wanted = self.headers["Range"]
+            web.ranges.append(wanted)
+            start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted else 0
+            if start >= len(BLOB):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(BLOB)}")
+                self.send_header("Content-Length", "0")
+                return self.end_headers()
+            self.send_response(206 if wanted else 200)
+            if wanted:
+                self.send_header("Content-Range", f"bytes {start}-{len(BLOB) - 1}/{len(BLOB)}")
+            self.send_header("Content-Length", str(len(BLOB) - start))
+            self.end_headers()
+            self.wfile.write(BLOB[start:])
+
+        def log_message(self, *_):
+            pass
+
+    web = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.ranges, web.url = [], f"http://127.0.0.1:{web.server_port}/blob.tar.gz"
+    threading.Thread(target=web.serve_forever, args=(.02,), daemon=True).start()
+    yield web
+    web.shutdown()
+
+
+BLOB = os.urandom(100_001)
+
+
+@pytest.mark.parametrize("have, asked", [(0, [None]), (50_000, ["bytes=50000-"])])
+def test_download_goes_on(have, asked, server, tmp_path, monkeypatch):
+    """Only what a cut download lacks is fetched; a second call fetches nothing."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    if have:
+        (tmp_path / "blob.tar.part").write_bytes(BLOB[:have])
+    for _ in range(2):
+        assert common.download(server.url, tmp_path, hashlib.md5(BLOB).hexdigest()).read_bytes() == BLOB
+    assert server.ranges == asked and [f.name for f in tmp_path.iterdir()] == ["blob.tar.gz"]
+
+
+def test_download_that_was_cut_before_its_last_rename(server, tmp_path, monkeypatch):
+    """The whole file is there under its .part name; the server has nothing to add and answers 416."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "blob.tar.part").write_bytes(BLOB)
+    common.download(server.url, tmp_path, hashlib.md5(BLOB).hexdigest())    # FINDING download-whole
+    assert (tmp_path / "blob.tar.gz").read_bytes() == BLOB
+
+
+def test_download_checks_what_came(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert "blob.tar.gz is damaged" in stops(common.download, server.url, tmp_path, "0" * 32)
+
+
+def shade(file, value, size=(8, 8)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 0, 255 - value)).save(file)
+
+
+def test_folder_with_a_folder_per_class(tmp_path, capsys):
+    for i in range(24):
+        shade(tmp_path / "cd"[i % 2] / f"{i:02}.png", i)
+    (tmp_path / "c" / "notes.txt").write_text("no image")
+    data = load_data(Flags(data=f"folder:{tmp_path}", image_size=4))
+    order = [*range(0, 24, 2), *range(1, 24, 2)]                           # sorted by class, then name
+    assert data.test_images[:, 0, 0, 0].tolist() == [order[9], order[19]]
+    assert data.images[:, 0, 3, 3].tolist() == [v for i, v in enumerate(order) if i % 10 != 9]
+    assert data.labels.tolist() == [v % 2 for i, v in enumerate(order) if i % 10 != 9]
+    assert data.classes == ("c", "d") and data.images.shape == (22, 3, 4, 4)
+    assert "24 images, 2 for testing, 2 classes, 0 broken" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("train", "test"), ("train", "val", "test")])
+def test_folder_with_splits(splits, tmp_path):
+    for i, split in enumerate(splits):
+        for j, name in enumerate(("ant", "bee")):
+            shade(tmp_path / split / name / "1.PNG", 10 * i + j)
+    data = common.folder(tmp_path, 4)
+    assert data.images[:, 0, 0, 0].tolist() == [0, 1] and data.labels.tolist() == [0, 1]
+    shades = data.test_images[:, 0, 0, 0]
+    assert sorted(shades.tolist()) == [v for i in range(1, len(splits)) for v in (10 * i, 10 * i + 1)]
+    assert data.test_labels.tolist() == (shades % 10).tolist() and data.classes == ("ant", "bee")
+
+
+def test_flat_folder_has_no_labels_and_odd_images_are_read(tmp_path):
+    for i in range(20):
+        shade(tmp_path / f"{i:02}.jpg", i, (9 + i, 40 - i))
+    Image.new("L", (7, 5), 9).save(tmp_path / "x.png")
+    Image.new("RGBA", (7, 5), (9, 9, 9, 0)).save(tmp_path / "y.webp", lossless=True, exact=True)
+    palette = Image.new("P", (7, 5), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.save(tmp_path / "z.gif")
+    data = common.folder(tmp_path, 6)
+    assert data.labels is data.test_labels is None and data.classes == () and len(data.test_images) == 2
+    assert data.images.shape == (21, 3, 6, 6) and (data.images[-3:].int() - 9).abs().max() <= 1
+
+
+def many(tmp_path, n, broken):
+    for i in range(n):
+        shade(tmp_path / "ab"[i % 2] / f"{i:03}.jpg", i)
+    for i in range(broken):
+        file = tmp_path / "ab"[i % 2] / f"{i:03}.jpg"
+        file.write_bytes(file.read_bytes()[:-60])
+
+
+def test_folder_skips_names_and_counts_one_percent_of_broken_images(tmp_path, capsys):
+    many(tmp_path, 101, 1)
+    data = common.folder(tmp_path, 8)
+    out = capsys.readouterr().out
+    assert len(data.images) + len(data.test_images) == 100 == len(data.labels) + len(data.test_labels)
+    assert f"skipped a broken image: {tmp_path}/a/000.jpg (OSError: " in out and "1 broken" in out
+
+
+def test_folder_stops_at_more_than_one_percent(tmp_path, capsys):
+    many(tmp_path, 101, 2)
+    assert "2 of 101 images" in stops(common.folder, tmp_path, 8)
+    assert capsys.readouterr().out.count("skipped a broken image") == 2
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "notes.txt"):
+        assert f"no images in {path}" in stops(common.folder, path, 8)
+
+
+def test_folder_with_an_image_beside_the_classes(tmp_path):
+    """An image that lies in no class folder has no label: one line that names it, not a traceback."""
+    many(tmp_path, 20, 0)
+    shade(tmp_path / "stray.png", 1)
+    assert "stray.png" in stops(common.folder, tmp_path, 8)  # FINDING folder-stray: ValueError of index
+
+
+def test_folder_too_small_for_a_test_image(tmp_path):
+    """Every tenth image tests; of nine none does, and the pictures would fail after the training."""
+    many(tmp_path, 9, 0)
+    assert "9 images" in stops(common.folder, tmp_path, 8)  # FINDING folder-small: an empty test set
+
+
+def test_images_are_turned_cropped_and_reduced_as_a_viewer_shows_them(tmp_path):
+    """Orientation 6: turned by 90 degrees clockwise, so what is stored on top is seen on the right."""
+    x = np.zeros((64, 64, 3), np.uint8)
+    x[:32], x[32:] = (250, 0, 0), (0, 0, 250)
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.fromarray(x).save(tmp_path / "turned.jpg", exif=exif, quality=95, subsampling=0)
+    seen = np.frombuffer(common.decode(tmp_path / "turned.jpg", 16), np.uint8).reshape(16, 16, 3)
+    assert (seen[:, 10:, 0] > 240).all() and (seen[:, :6, 2] > 240).all() and (seen[:, :6, 0] < 10).all()
+    wide = np.full((64, 256, 3), (250, 0, 0), np.uint8)
+    wide[:, 96:160] = 0, 250, 0                             # only this is in the central square
+    Image.fromarray(wide).save(tmp_path / "wide.jpg", quality=95, subsampling=0)
+    seen = np.frombuffer(common.decode(tmp_path / "wide.jpg", 8), np.uint8).reshape(8, 8, 3).astype(int)
+    assert np.abs(seen[:, 1:7] - (0, 250, 0)).max() < 20
+
+
+# ---- encoders
+
+@pytest.mark.parametrize("name, size, dim", [
+    ("resnet_small", 32, 128), ("resnet_small", 63, 128), ("resnet18", 32, 512), ("resnet18", 64, 512),
+    ("resnet50", 32, 2048)])
+def test_resnet_dimensions(name, size, dim):
+    """The features are the mean of the last map, which below 64 px is at least 4x4."""
+    encoder = create_encoder(name, size).eval()
+    x = rand(2, 3, size, size)
+    with torch.no_grad():
+        h, maps = encoder(x), encoder.layers(x)
+    assert encoder.dim == dim and h.shape == (2, dim) and h.equal(maps[-1].mean((2, 3)))
+    assert [len(m[0]) for m in maps] == ([32, 64, 128] if name == "resnet_small" else
+                                         [dim // 8, dim // 4, dim // 2, dim])
+    assert min(maps[-1].shape[2:]) >= 4 if size < 64 else maps[-1].shape[2:] == (2, 2)
+
+
+def test_encoder_names():
+    """Patches: as given, else 16, and an eighth of the image below 128 px; mistakes are named."""
+    with torch.device("meta"):
+        assert [create_encoder("vit_tiny", s).patch for s in (32, 64, 128, 224)] == [4, 8, 16, 16]
+        assert create_encoder("vit_small/8", 224).pos_embed.shape == (1, 1 + 28 ** 2, 384)
+    cfg = Flags(encoder="resnt18")
+    assert "did you mean resnet18?" in stops(common.make_encoder, cfg)
+    for name in ("vit_tiny/x", "vit_tiny/-4", "vit_tiny/5", "resnet18x"):
+        assert "--encoder or --weights: " in stops(common.make_encoder, Flags(encoder=name))
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    encoder = create_encoder("vit_micro", 32, **options).double().eval()
+    for p in encoder.parameters():                          # biases and tokens that are not about zero
+        p.data += .1 * torch.randn_like(p)
+    return encoder
+
+
+@torch.no_grad()
+def test_vit_seams_agree():
+    """embed, encode and forward, with registers and both ways to pool; layers() ends where encode() does."""
+    x = rand(2, 3, 32, 32, dtype=torch.float64)
+    for registers in (0, 3):
+        encoder = vit(registers=registers, pool="cls")
+        tokens = encoder.embed(x)
+        out = encoder.encode(tokens)
+        assert tokens.shape == (2, 64, 128) and out.shape == (2, 1 + registers + 64, 128)
+        assert encoder(x).equal(out[:, 0]) and encoder.prefix == 1 + registers
+        maps = encoder.layers(x)
+        assert len(maps) == 4 and maps[-1].shape == (2, 128, 8, 8)
+        torch.testing.assert_close(maps[-1].flatten(2).mT, out[:, encoder.prefix:])
+        encoder.pool = "mean"
+        torch.testing.assert_close(encoder(x), maps[-1].mean((2, 3)))
+    encoder.reg_token[0, 0, 0] += 1
+    assert not torch.allclose(encoder.encode(tokens)[:, 1:4], out[:, 1:4])  # the registers are really there
+
+
+@torch.no_grad()
+def test_vit_takes_a_subset_of_the_tokens_in_any_order():
+    """Permuted tokens give the permuted output, so no position is added twice; a part sees only itself."""
+    encoder, x = vit(), rand(2, 3, 32, 32, dtype=torch.float64)
+    tokens, order = encoder.embed(x), torch.randperm(64)
+    out = encoder.encode(tokens)[:, 1:]
+    torch.testing.assert_close(encoder.encode(tokens[:, order])[:, 1:], out[:, order])
+    other, keep = x.clone(), order[order != 0][:16]
+    other[:, :, :4, :4] += 1                                # patch 0
+    part = encoder.encode(tokens[:, keep])
+    assert part.shape == (2, 17, 128) and part.equal(encoder.encode(encoder.embed(other)[:, keep]))
+
+
+@torch.no_grad()
+def test_vit_takes_other_image_sizes():
+    """Positions are resized as torch's bicubic resizes an image of them; the [CLS] position is not."""
+    encoder, x = vit(), rand(2, 3, 48, 24, dtype=torch.float64)
+    assert encoder(x).shape == (2, 128) and encoder.layers(x)[0].shape == (2, 128, 12, 6)
+    grid = encoder.pos_embed[0, 1:].T.reshape(1, 128, 8, 8)
+    expected = F.interpolate(grid, (12, 6), mode="bicubic")[0].reshape(128, 72).T
+    added = encoder.embed(x) - encoder.patch_embed.proj(x).flatten(2).mT
+    torch.testing.assert_close(added, expected.expand(2, -1, -1))
+    assert resize_positions(encoder.pos_embed[:, 1:], 8, 8).equal(encoder.pos_embed[:, 1:])
+
+
+@torch.no_grad()
+def test_attention_map_is_the_softmax_of_the_last_block():
+    encoder, x, seen = vit(registers=2), rand(2, 3, 32, 32, dtype=torch.float64), {}
+    encoder.blocks[-1].attn.qkv.register_forward_hook(lambda m, inputs, output: seen.update(qkv=output))
+    encoder(x)
+    a, qkv = encoder.attention(x), seen["qkv"].view(2, 67, 3, 4, 32)       # [B,N,qkv,head,D/h], as in timm
+    for b in range(2):
+        for head in range(4):
+            q, k = qkv[b, 0, 0, head], qkv[b, :, 1, head]
+            p = (k @ q / math.sqrt(32)).exp()
+            torch.testing.assert_close(a[b, head].flatten(), p[3:] / p.sum())
+    assert a.shape == (2, 4, 8, 8) and (a > 0).all() and (a.sum((2, 3)) < 1).all()
+
+
+@torch.no_grad()
+def test_attention_is_softmax_attention():
+    attn, x = Attention(12, 3).double(), rand(2, 5, 12, dtype=torch.float64)
+    qkv, out = attn.qkv(x), torch.zeros(2, 5, 12, dtype=torch.float64)
+    for head in range(3):
+        q, k, v = (qkv[..., 12 * i + 4 * head:12 * i + 4 * head + 4] for i in range(3))
+        out[..., 4 * head:4 * head + 4] = (q @ k.mT / 2).softmax(-1) @ v
+    torch.testing.assert_close(attn(x), attn.proj(out))
+
+
+def test_sincos_positions_by_the_formula():
+    """As in MAE's official code: half the channels for the column, half for the row, sines before cosines."""
+    dim, h, w = 16, 3, 5
+    for i, row in enumerate(sincos_positions(dim, h, w).tolist()):
+        angles = [[pos / 10_000 ** (c / (dim / 4)) for c in range(dim // 4)] for pos in (i % w, i // w)]
+        expected = [f(a) for axis in angles for f in (math.sin, math.cos) for a in axis]
+        assert row == pytest.approx(expected, abs=1e-6)
+    encoder = create_encoder("vit_micro", 32, positions="sincos")
+    assert encoder.pos_embed[0, 1:].equal(sincos_positions(128, 8, 8)) and not encoder.pos_embed.requires_grad
+    assert encoder.pos_embed[0, 0].abs().max() == 0
+
+
+# ---- optimizers
+
+def holder(**tensors):
+    method = nn.Module()
+    for name, value in tensors.items():
+        method.register_parameter(name, nn.Parameter(torch.tensor(value)))
+    return method
+
+
+def test_lars_by_hand():
+    """Two steps, lr 1, m .5, decay .1, trust .001. Weight: |w| = 5, |g + .1 w| = 1. Bias: plain momentum."""
+    method = holder(w=[[3., 4.]], b=[2.], zero=[[0., 0.]])
+    lars = make_optimizer(Flags(optimizer="lars", lr=1., momentum=.5, weight_decay=.1), method)
+    for g, w, b, zero in (([.3, .4], [3 - .003, 4 - .004], 2 - .5, -1.),
+                          # |w| = 4.995, v = .5 [.003,.004] + .004995 [.6,.8];  bias: v = .5 x .5 + .5
+                          ([.6 - .2997, .8 - .3996], [2.997 - .004497, 3.996 - .005996], 1.5 - .75, None)):
+        method.w.grad, method.b.grad = torch.tensor([g]), torch.tensor([.5])
+        method.zero.grad = torch.tensor([[1., 1.]])
+        lars.step()
+        assert method.w[0].tolist() == pytest.approx(w, rel=1e-6) and method.b.item() == pytest.approx(b)
+        assert zero is None or method.zero[0].tolist() == [zero, zero]     # a zero weight: trust ratio 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_optimizer_groups(name):
+    """Decay on what has two or more dimensions only; nothing frozen; momentum and beta2 arrive."""
+    encoder = create_encoder("vit_micro", 32, positions="sincos")
+    cfg = Flags(optimizer=name, lr=.5, momentum=.8, beta2=.7, weight_decay=.3)
+    optimizer = make_optimizer(cfg, encoder)
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert type(optimizer).__name__.lower() == name
+    assert decay == {id(p): .3 * (p.ndim > 1) for p in encoder.parameters() if p.requires_grad}
+    assert id(encoder.pos_embed) not in decay and decay[id(encoder.cls_token)] == .3
+    for g in optimizer.param_groups:
+        assert g["lr"] == .5 and (g["betas"] == (.8, .7) if name == "adamw" else g["momentum"] == .8)
+    assert name != "sgd" or optimizer.param_groups[0]["nesterov"]
+    common.set_lr(optimizer, .1)
+    assert {g["lr"] for g in optimizer.param_groups} == {.1}
+
+
+def test_unknown_optimizer_is_named():
+    method = holder(w=[[1.]])
+    assert "give adamw, sgd or lars" in stops(make_optimizer, Flags(optimizer="foo"), method)
+    make_optimizer(Flags(optimizer="sgd", momentum=0.), method)            # Nesterov needs momentum
+
+
+def test_cosine():
+    """Ends, middle, warm-up without a zero step and without a jump, and the rise of a momentum."""
+    assert cosine(0, 100, 3.) == 3. and cosine(100, 100, 3.) == 0.
+    assert cosine(50, 100, 3.) == pytest.approx(1.5)
+    assert cosine(25, 100, 1.) == pytest.approx((1 + math.sqrt(.5)) / 2)
+    rise = [cosine(s, 100, 1., warmup=.1) for s in range(12)]
+    assert rise[:11] == pytest.approx([(s + 1) / 11 for s in range(11)]) and rise[10] == 1. > rise[11]
+    assert cosine(55, 100, 1., warmup=.1) == pytest.approx(.5) and cosine(100, 100, 1., warmup=.1) == 0.
+    assert [cosine(s, 10, .9, 1.) for s in (0, 5, 10)] == pytest.approx([.9, .95, 1.])
+    assert cosine(0, 1, 1.) == 1. and cosine(0, 1, 1., warmup=1.) == .5
+
+
+# ---- evaluation
+
+@pytest.mark.parametrize("k", [1, 5, 20, 1000])
+def test_knn_by_a_loop(k):
+    """Also with k beyond the bank, more queries than a chunk, and lengths that must not count."""
+    bank, labels = rand(60, 4) * torch.arange(1, 61)[:, None], torch.arange(60) % 3
+    queries = rand(501, 4, seed=1)
+    expected = []
+    for q in queries.tolist():
+        near = []
+        for x, y in zip(bank.tolist(), labels.tolist(), strict=True):
+            s = sum(a * b for a, b in zip(q, x, strict=True)) / math.hypot(*q) / math.hypot(*x)
+            near.append((s, y))
+        votes = [0, 0, 0]
+        for s, y in sorted(near, reverse=True)[:k]:
+            votes[y] += math.exp(s / .07)
+        expected.append(votes.index(max(votes)))
+    assert knn(bank, labels, queries, k).tolist() == expected
+
+
+def test_linear_probe_separates_what_is_separable():
+    x, y = rand(300, 6), torch.arange(300) % 3
+    x[range(300), y] += 20
+    assert linear_probe(x[:200], y[:200], x[200:]).equal(y[200:])
+    with torch.no_grad():                                   # as in finish(), and in another unit and offset
+        assert linear_probe(64 * x[:200] + 512, y[:200], 64 * x[200:] + 512).equal(y[200:])
+
+
+def test_linear_probe_finds_the_minimum(monkeypatch):
+    """Objective, gradient and predictions beside an independent minimisation in float64 by SciPy."""
+    solved = []
+
+    class Spy(torch.optim.LBFGS):
+        def __init__(self, params, **options):
+            super().__init__(params, **options)
+            solved.extend(params)
+
+    monkeypatch.setattr(torch.optim, "LBFGS", Spy)
+    x, x_test = rand(400, 5) * 3 + 1, rand(2000, 5, seed=1) * 3 + 1
+    y = ((x.sum(1) + 2 * rand(400, seed=2)) / 4).long().clamp(0, 3)
+    predicted = linear_probe(x, y, x_test)
+    a, b = ((t.double() - x.double().mean(0)) / (x.double().std(0) + 1e-6) for t in (x, x_test))
+
+    def objective(flat):
+        w = torch.tensor(flat).view(6, 4).requires_grad_()
+        logits = a @ w[:5] + w[5]
+        loss = (logits.logsumexp(1) - logits[range(400), y]).mean() + .0005 * (w[:5] ** 2).sum()
+        loss.backward()
+        return loss.item(), w.grad.flatten().numpy()
+
+    best = scipy.optimize.minimize(objective, np.zeros(24), jac=True, method="BFGS", options=dict(gtol=1e-9))
+    ours, gradient = objective(solved[0].detach().double().flatten().numpy())
+    assert np.abs(gradient).max() < 1e-4 and ours - best.fun < 1e-7
+    w = torch.tensor(best.x).view(6, 4)
+    logits = b @ w[:5] + w[5]
+    assert predicted.equal(logits.argmax(1))
+
+
+def test_linear_probe_does_not_depend_on_units():
+    """Powers of two rescale floats exactly, so only the 1e-6 on the standard deviation is left."""
+    x, y, x_test = rand(200, 6), torch.arange(200) % 4, rand(500, 6, seed=1)
+    unit = 2. ** torch.arange(-3, 3)
+    assert linear_probe(x * unit, y, x_test * unit).equal(linear_probe(x, y, x_test))
+
+
+def test_spread_by_hand():
+    """Where the numbers are known: sphere, plus and minus each axis, line, constant, constant with noise."""
+    std, rank = spread(rand(8192, 64))
+    assert std == pytest.approx(1, abs=.01) and 63 < rank <= 64
+    axes = torch.cat([torch.eye(4), -torch.eye(4)])         # a column: 1, -1, six 0; variance 2 / (8 - 1)
+    assert spread(5 * axes) == pytest.approx((2 * math.sqrt(2 / 7), 4), rel=1e-5)
+    line = torch.linspace(-1, 1, 32)[:, None] * torch.tensor([1., 1., -1., 1.])
+    std, rank = spread(line)                                # a column: 16 times -.5, 16 times .5
+    assert std == pytest.approx(2 * .5 * math.sqrt(32 / 31), rel=1e-5) and rank == pytest.approx(1, abs=1e-3)
+    std, rank = spread(torch.ones(32, 16))
+    assert std == 0. and rank == pytest.approx(1)
+    std, rank = spread(1 + 1e-3 * rand(512, 16))            # the constant's own direction is lost: D - 1
+    assert std < .005 and 14 < rank < 15.1
+    assert spread(rand(8, 4).to(torch.bfloat16))[1] > 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_features_leave_the_encoder_as_it_was(training):
+    encoder = create_encoder("resnet_small", 16).train(training)
+    before, images = copy.deepcopy(encoder.state_dict()), toys(30, size=16)["images"]
+    out = features(encoder, images, batch=8)
+    assert all(m.training == training for m in encoder.modules()) and not out.requires_grad
+    assert all(v.equal(before[k]) for k, v in encoder.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(out, encoder.eval()(normalise(images)), rtol=1e-5, atol=1e-5)
+    assert out.dtype == torch.float32 and out.shape == (30, 128)
+
+
+def test_save_grid_and_curves_draw(tmp_path):
+    """Rows of different length, uint8 beside floats; a value that is logged rarely."""
+    common.save_grid(tmp_path / "g.png", {"a": toys(3)["images"], "b": torch.rand(2, 3, 32, 32)}, "note")
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "loss": 1, "knn": 5}\n{"step": 1, "loss": 2}\n')
+    common.save_curves(tmp_path / "c.png", tmp_path / "log.jsonl", {"ln 2": .693})
+    for name in ("g.png", "c.png"):
+        assert Image.open(io.BytesIO((tmp_path / name).read_bytes())).convert("L").getextrema()[0] < 200
