@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+#   ./run.sh                         train a masked autoencoder, offline, two minutes on two cores
+#   ./run.sh METHOD [--flags]        train any method: ./run.sh simclr --data cifar10; ./run.sh simclr --help
+#   ./run.sh test [pytest's flags]   all tests
+#   ./run.sh all [--flags]           every method with seeds 0, 1, 2 into results/, then the README's table
+#   ./run.sh bench                   how fast the kernels are on this machine
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+python=$(command -v python3 || command -v python) || { echo "run.sh: install Python 3.11 or newer first"; exit 1; }
+
+if ! "$python" -c "import torch" 2>/dev/null; then               # no active environment with torch: make one
+    [ -x "$here/.venv/bin/python" ] || "$python" -m venv "$here/.venv"
+    python=$here/.venv/bin/python
+fi
+if ! "$python" -c "import torch, einops, numpy, PIL, scipy, tqdm, matplotlib, pytest, hypothesis" 2>/dev/null; then
+    "$python" -c "import torch" 2>/dev/null && skip='^torch' || skip='^$'        # a torch that is there stays
+    "$python" -m pip install $(grep -v "$skip" "$here/requirements.txt" | sed 's/ *;.*linux.*//')
+fi
+
+case ${1:-mae} in
+    test) shift; cd "$here" && exec "$python" -m pytest "$@" ;;
+    all) shift; exec "$python" "$here/results/table.py" all "$@" ;;
+    bench) for file in views contrastive; do "$python" "$here/kernels/$file.py"; done ;;
+    *)  [ -f "$here/methods/${1:-mae}.py" ] || {
+            echo "run.sh: there is no ${1}. Give test, all, bench, or a method:" $(cd "$here/methods" && ls -- *.py | sed 's/\.py$//')
+            exit 2
+        }
+        exec "$python" "$here/methods/${1:-mae}.py" "${@:2}" ;;
+esac
