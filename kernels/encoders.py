@@ -8,6 +8,7 @@ Registers: Darcet et al., ICLR 2024, 2309.16588. No heads; a method takes the se
                         --encode--> [CLS], registers, patches [B,1+R+N,D] --cls or mean--> [B,dim]
             layers(x): a map a block;   attention(x): from [CLS] to the patches in the last block
 """
+import argparse
 import difflib
 import math
 import re
@@ -190,7 +191,8 @@ def create_encoder(name: str, image_size: int, **vit_options) -> nn.Module:
 def read_checkpoint(file) -> dict:
     """torch.load that never runs code from the file; ValueError where it cannot be read."""
     try:
-        return dict(torch.load(file, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([argparse.Namespace]):   # flags, in the files of DINO and MAE
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
     except OSError as e:
         raise ValueError(f"cannot read {file} ({e.strerror})") from e
     except Exception as e:
@@ -203,11 +205,14 @@ def load_weights(encoder: nn.Module, file) -> nn.Module:
     state = read_checkpoint(file)
     for key in ("model", "state_dict", "teacher"):
         state = state[key] if isinstance(state.get(key), dict) else state
-    state = {re.sub(r"^(module\.|backbone\.|encoder\.)+", "", k): v for k, v in state.items()}
-    foreign = r"(fc|head|fc_norm|projector|predictor)\.|decoder_|mask_token"
+    wrapped = r"^((module|backbone|encoder|encoder_q|base_encoder)\.)+"
+    state = {re.sub(wrapped, "", str(k)): v for k, v in state.items()}
+    foreign = r"(fc|head|fc_norm|projector|predictor|encoder_k|momentum_encoder)\.|decoder_|mask_token|queue"
     state = {k: v for k, v in state.items() if not re.match(foreign, k)}
     if "pos_embed" in state and isinstance(encoder, ViT):
         side, pos = math.isqrt(encoder.pos_embed.shape[1] - 1), state["pos_embed"]
+        if pos.shape[1] != 1 + math.isqrt(pos.shape[1] - 1) ** 2:
+            raise ValueError(f"{file} does not fit: {pos.shape[1]} positions are no [CLS] and a square")
         state["pos_embed"] = torch.cat([pos[:, :1], resize_positions(pos[:, 1:], side, side)], 1)
     try:
         encoder.load_state_dict(state, strict=True)
