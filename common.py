@@ -83,7 +83,7 @@ def parse(config, paper: dict, argv: list[str] | None = None):
                             usage="%(prog)s [--flag value ...], see --help")
     parser.add_argument("--paper", action="store_true", help="start from the paper's values")
     for f in fields(config):
-        text = f"{helps[f.name]} (default {f.default}; paper {paper.get(f.name, 'the same')})"
+        text = f"{helps[f.name]} (default {f.default}" + (f"; paper {paper[f.name]})" if f.name in paper else ")")
         kind = dict(action=BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
         parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
     given, unknown = parser.parse_known_args(argv)
@@ -132,7 +132,8 @@ def load_data(cfg: Config, device="cpu") -> Data:
 
 def toy_switches(text: str) -> dict:
     """'sky,rho=0' -> {'sky': True, 'rho': 0.}, typed as the defaults of toys() are."""
-    switches, known = {}, {k: p.default for k, p in inspect.signature(toys).parameters.items()} | dict(n=0)
+    known = {k: p.default for k, p in inspect.signature(toys).parameters.items() if k != "frames"} | dict(n=0)
+    switches = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         try:
@@ -466,8 +467,8 @@ class Run:
     def finite(self, loss: Tensor) -> Tensor:
         """`loss` itself; stops at the first that is not finite, before it reaches the weights."""
         if not loss.isfinite():
-            kept = f"{self.checkpoint} is the last good one" if self.checkpoint.exists() else "none is saved"
-            fail(f"the loss is {loss.item()} at step {self.step}: lower --lr or try --precision fp32; {kept}")
+            saved = f"; {self.checkpoint} is from before" * self.checkpoint.exists()
+            fail(f"the loss is {loss.item()} at step {self.step}: lower --lr or try --precision fp32{saved}")
         return loss
 
     def log(self, loss: Tensor, **parts):

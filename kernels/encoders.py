@@ -180,6 +180,8 @@ def create_encoder(name: str, image_size: int, **vit_options) -> nn.Module:
     if name not in RESNETS | VITS or not (patch or "1").isdigit():
         near = difflib.get_close_matches(name, RESNETS | VITS, 1) or ["resnet_small"]
         raise ValueError(f"{name} is unknown, did you mean {near[0]}? There are {' '.join(RESNETS | VITS)}")
+    if name in RESNETS and vit_options:
+        raise ValueError(f"{name} is no ViT, which this method needs: give one of {' '.join(VITS)}")
     if name in RESNETS:
         return ResNet(*RESNETS[name], image_size)
     patch = max(1, int(patch or (16 if image_size >= 128 else image_size // 8)))

@@ -41,7 +41,7 @@ class Config(common.Config):
     predictor: bool = True         # the predictor; without it the features collapse
 
 
-# Appendix B, 1000 epochs of ImageNet: learning rate .2 x B/256.
+# Official code, preset of 1000 epochs: rate .2 x B/256, warm-up 10 epochs.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="resnet50", epochs=1000, batch_size=4096,
              optimizer="lars", lr=3.2, weight_decay=1.5e-6, warmup=.01, hidden=4096, dim=256, m=.996,
              crop=.08, blur=.1, solarise=.2)

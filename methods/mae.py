@@ -38,7 +38,7 @@ class Config(common.Config):
     crop: float = .5               # smallest share of the image's area in a view
 
 
-# Table 8 and official code: blr 1.5e-4 x B/256, warm-up 40 of 800 epochs; ViT-L of the paper's ablations.
+# Official code: rate 1.5e-4 x B/256, warm-up 40 of 800 epochs.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="vit_large/16", epochs=800, batch_size=4096,
              lr=2.4e-3, warmup=.05, decoder_dim=512, decoder_depth=8, decoder_heads=16, crop=.2)
 

@@ -34,7 +34,7 @@ class Config(common.Config):
     crop: float = .7               # smallest share of the image's area in a view
 
 
-# Section 4.1 and official code, CIFAR-10.
+# Official code, CIFAR-10.
 PAPER = dict(data="cifar10", encoder="resnet18", epochs=200, batch_size=128, optimizer="sgd", lr=.1,
              weight_decay=5e-4, warmup=0.)
 

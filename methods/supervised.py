@@ -32,7 +32,7 @@ class Config(common.Config):
     crop: float = .6               # smallest share of the image's area in a view
 
 
-# Section 3.4, ImageNet; there the rate falls in steps.
+# Section 3.4: 600,000 iterations of 256 images are 120 epochs of ImageNet.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="resnet50", epochs=120, batch_size=256,
              optimizer="sgd", lr=.1, weight_decay=1e-4, warmup=0., classes=1000, crop=.08)
 

@@ -1,6 +1,7 @@
 """Runs every method and writes the README's tables from what was measured.
 
     python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2
+    python results/table.py pictures         draw toys.png, copy the pictures of the runs with seed 0
     python results/table.py                  write the tables between the marks in README.md
 
 A line of results/<data>.jsonl is a run's result.json with its command, commit and machine; nothing else gets
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -91,7 +93,24 @@ def run_all(flags):
                 f.write(json.dumps(row) + "\n")
 
 
+def pictures():
+    sys.path.insert(0, str(ROOT))
+    from PIL import Image
+
+    from common import save_grid
+    from kernels.toys import CLASSES, toys
+    calm = toys(400, seed=5, size=64, small=.3, contrast=.25, noise=.01)
+    save_grid(ROOT / "results/toys.png", {name: calm["images"][calm["labels"] == i][:12]
+                                          for i, name in enumerate(CLASSES)})
+    for name, picture in dict(mae="reconstructions", rotnet="attention", simclr="neighbours").items():
+        shutil.copy(ROOT / f"runs/{name}-toys-seed0/{picture}.png", ROOT / f"results/{name}.png")
+    for file in (ROOT / "results").glob("*.png"):                # 256 colours: a quarter of the bytes
+        Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["pictures"]:
+        pictures()
     if sys.argv[1:2] == ["all"]:
         run_all(sys.argv[2:])
     page = ROOT / "README.md"
