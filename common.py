@@ -83,7 +83,7 @@ def parse(config, paper: dict, argv: list[str] | None = None):
                             usage="%(prog)s [--flag value ...], see --help")
     parser.add_argument("--paper", action="store_true", help="start from the paper's values")
     for f in fields(config):
-        text = f"{helps[f.name]} (default {f.default}" + (f"; paper {paper[f.name]})" if f.name in paper else ")")
+        text = f"{helps[f.name]} (default {f.default}{f'; paper {paper[f.name]}' if f.name in paper else ''})"
         kind = dict(action=BooleanOptionalAction) if f.type is bool else dict(type=f.type, metavar="")
         parser.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **kind)
     given, unknown = parser.parse_known_args(argv)
