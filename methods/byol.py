@@ -11,6 +11,11 @@ Grill, Strub, Altche, Tallec, Richemond et al. Bootstrap Your Own Latent. NeurIP
 
 Good at: image-level features from small batches, for there are no negatives. Not at: showing that it works: a
 constant solves the loss; predictor, stop-gradient and slow teacher keep it away (watch std and rank).
+
+Run      python methods/byol.py
+         RESULT
+Differs  the teacher starts as a copy, not from a seed of its own; the quick run has AdamW, a faster teacher,
+         larger crops, and neither blur nor solarise.
 """
 import copy
 import sys

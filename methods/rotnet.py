@@ -11,6 +11,11 @@ ICLR 2018, arXiv 1803.07728.
 Good at: features of objects with a usual pose, for the price of a classifier. Not at: round things, top
 views, or data where something trivial tells what is up (--data toys:sky: solved at once, poor features).
 Often a middle layer is the best one, so each is probed.
+
+Run      python methods/rotnet.py
+         RESULT
+Differs  the encoder is a ResNet, not a Network-in-Network; views are resized crops, not padded ones; the rate
+         follows a cosine, not steps; layers are probed as they are, not by another convolutional block.
 """
 import math
 import sys

@@ -8,6 +8,10 @@ He, Zhang, Ren, Sun. Deep Residual Learning for Image Recognition. CVPR 2016, ar
                                                                   label y [B] <--loss--'
 
 Good at: the classes that it was given, with many labels. Not at: anything that the labels do not ask for.
+
+Run      python methods/supervised.py
+         RESULT
+Differs  the learning rate follows a cosine, not steps; no colour augmentation; the quick run has AdamW.
 """
 import math
 import sys
