@@ -31,6 +31,7 @@ from kernels.views import denormalise, normalise, views
 @dataclass
 class Config(common.Config):
     encoder: str = "vit_micro"     # a ViT: vit_micro, vit_tiny, vit_small, vit_base, vit_large
+    steps: int = 700               # optimisation steps
     batch_size: int = 64           # images a step, all processes together
     beta2: float = .95             # beta2 of adamw
     weight_decay: float = .05      # on weights and tokens, not on biases and norms
@@ -99,8 +100,7 @@ class MAE(nn.Module):
         prediction, mask = self.reconstruct(x)
         target = patchify(x, self.p)                             # [B,N,P]
         mean, std = patch_statistics(target)
-        loss = (prediction.float() - (target - mean) / std).square().mean(-1)    # [B,N]
-        return loss[mask].mean()                                 # hidden patches only
+        return (prediction.float() - (target - mean) / std).square().mean(-1)[mask].mean()       # hidden only
 
 
 def build(cfg):

@@ -35,7 +35,7 @@ from kernels.views import denormalise, views
 
 @dataclass
 class Config(common.Config):
-    steps: int = 800               # optimisation steps
+    steps: int = 700               # optimisation steps
     hidden: int = 512              # width of the projector's hidden layer
     dim: int = 128                 # width of z
     tau: float = .2                # temperature of the similarities
