@@ -45,6 +45,8 @@ def mean(values):
 def table(file):
     """The table of a results file: mean and standard deviation over the seeds."""
     results, lines = read(file), [HEAD]
+    if not results:
+        return "Not measured yet."
     for name, title, year, idea, length in methods():
         rows = [r for r in results if r["method"] == name]
         if not rows:
