@@ -472,7 +472,7 @@ class Run:
         return loss
 
     def log(self, loss: Tensor, **parts):
-        """Fifty times a run: a line to log.jsonl and the bar, seven times with the k-NN accuracy of a sample.
+        """Fifty times a run: a line to log.jsonl and the bar, six times with the k-NN accuracy of a sample.
         Parts are numbers, or features [B,D] to watch for collapse."""
         every, last, data = max(1, self.total // 50), self.step + 1 == self.total, self.data
         if rank() or self.step % every and not last:
@@ -483,9 +483,9 @@ class Run:
                 line[f"{name}_std"], line[f"{name}_rank"] = spread(value)
             else:
                 line[name] = float(value)
-        if data.labels is not None and (last or self.step % (8 * every) == 0):
-            bank, queries = (features(self.method.encoder, x[:2000]) for x in (data.images, data.test_images))
-            line["knn"] = percent(knn(bank, data.labels[:2000], queries), data.test_labels[:2000])
+        if data.labels is not None and (last or self.step % (10 * every) == 0):
+            bank, queries = (features(self.method.encoder, x) for x in (data.images[:2000], data.test_images[:500]))
+            line["knn"] = percent(knn(bank, data.labels[:2000], queries), data.test_labels[:500])
         self.lines.append(json.dumps({k: round(v, 5) for k, v in line.items()}))
         self.write(self.log_file, lambda f: f.write("\n".join([*self.lines, ""]).encode()))
         for name in line.keys() - self.warned if self.step > self.total / 10 else ():
