@@ -1,8 +1,7 @@
 """What every method shares: flags, data, encoders, many GPUs, evaluation, the run folder, pictures.
 
-A method calls these functions; nothing here calls a method back, and nothing here knows one. Losses, heads
-and teachers are the method, so they stay in its file. What can be lifted out alone is in `kernels/`: views
-(augmentations), encoders, the drawn world, the losses on the hot path.
+A method calls these functions; nothing here calls a method back or knows one. Losses, heads and teachers are
+the method, so they stay in its file; views, encoders and what else can be lifted out alone are in `kernels/`.
 
     parse -> Config -> Run --> for step, index in run.steps(N): run.finite(loss).backward() ... run.log(loss)
     load_data -> Data: uint8 images on the device      |
@@ -132,8 +131,8 @@ def load_data(cfg: Config, device="cpu") -> Data:
 
 def toy_switches(text: str) -> dict:
     """'sky,rho=0' -> {'sky': True, 'rho': 0.}, typed as the defaults of toys() are."""
-    known = {k: p.default for k, p in inspect.signature(toys).parameters.items() if k != "frames"} | dict(n=0)
     switches = {}
+    known = {k: p.default for k, p in inspect.signature(toys).parameters.items() if k != "frames"}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         try:
@@ -401,8 +400,8 @@ class Run:
         torch.manual_seed(cfg.seed)
         where = torch.cuda.get_device_name() if on_gpu else f"{self.device} ({torch.get_num_threads()} cores)"
         self.flags = {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
-        self.print(f"{self.name} on {world()} x {where}; differs from the defaults: "
-                   + (" ".join(f"--{k} {v}" for k, v in self.flags.items()) or "nothing"))
+        differs = " ".join(f"--{k} {v}" for k, v in self.flags.items()) or "nothing"
+        self.print(f"{self.name} on {world()} x {where}; differs from the defaults: {differs}")
 
     def print(self, text: str):
         if not rank():
@@ -484,7 +483,8 @@ class Run:
             else:
                 line[name] = float(value)
         if data.labels is not None and (last or self.step % (10 * every) == 0):
-            bank, queries = (features(self.method.encoder, x) for x in (data.images[:2000], data.test_images[:500]))
+            sample = data.images[:2000], data.test_images[:500]
+            bank, queries = (features(self.method.encoder, x) for x in sample)
             line["knn"] = percent(knn(bank, data.labels[:2000], queries), data.test_labels[:500])
         self.lines.append(json.dumps({k: round(v, 5) for k, v in line.items()}))
         self.write(self.log_file, lambda f: f.write("\n".join([*self.lines, ""]).encode()))

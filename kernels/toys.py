@@ -74,7 +74,7 @@ def paint(x, drawn, ink, u, v, swell, pixels):
     return x, cover
 
 
-def toys(n, seed=0, size=32, objects=1, frames=1, jitter=.22, small=.24, large=.42, tilt=.15, rho=.6,
+def toys(n=20_000, seed=0, size=32, objects=1, frames=1, jitter=.22, small=.24, large=.42, tilt=.15, rho=.6,
          contrast=.3, distractors=0, sky=False, noise=.03, light=.2, flip=True, parts=True, grey=False):
     """n images, scenes (objects > 1: 2..objects toys) or clips (frames > 1) as images uint8 [n,T,3,S,S],
     masks uint8 [n,T,S,S] (0 = ground, k+1 = what is visible of toy k), labels [n,K] (-1 = no toy), centres
