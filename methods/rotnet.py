@@ -87,7 +87,7 @@ def attention_maps(encoder, images):
     for i, a in enumerate(encoder.eval().layers(normalise(images)), 1):  # [B,C,h,w]
         heat = F.interpolate(a.square().sum(1, keepdim=True), images.shape[2:], mode="bilinear")
         heat = heat - heat.amin((2, 3), keepdim=True)
-        rows[f"layer {i}"] = (heat / heat.amax((2, 3), keepdim=True)).expand(-1, 3, -1, -1)
+        rows[f"layer {i}"] = (heat / heat.amax((2, 3), keepdim=True).clamp_min(1e-8)).expand(-1, 3, -1, -1)
     return rows
 
 
