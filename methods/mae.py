@@ -10,7 +10,7 @@ Good at: pre-training a transformer for fine-tuning, at a quarter of the cost. N
 as they are: they hold what it takes to paint, not what it takes to tell classes apart.
 
 Run      python methods/mae.py
-         RESULT
+         linear 44.2 ± 1.8 % (untrained 29.1; each seed at least +14), k-NN 30.6 ± 3.9 (15.0); 71 s on 2 cores
 Differs  the probe sees the mean of the patches, not [CLS]; the quick run's patches are 4 pixels wide.
 """
 import sys

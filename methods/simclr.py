@@ -13,7 +13,7 @@ Good at: image-level features, with neither labels nor a teacher. Not at: small 
 ignores whatever the views change; without colour jitter it matches two crops by their colours alone.
 
 Run      python methods/simclr.py
-         RESULT
+         linear 50.7 ± 1.8 % (untrained 27.2; each seed at least +21), k-NN 41.0 ± 1.0 (21.9); 71 s on 2 cores
 Differs  pixels are normalised by mean and deviation; crops are resized bilinearly, not bicubically; the quick
          run has AdamW, half the colour strength, tau .2 and no blur.
 """

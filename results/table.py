@@ -58,16 +58,17 @@ def table(file):
                      f"| {knn} | {linear} | {before} |")
     one, name = results[0], f"results/{file.name}"
     seeds = ", ".join(map(str, sorted({r["seed"] for r in results})))
-    lines += [f"\nSeeds {seeds}: mean ± standard deviation. Raw pixels: k-NN {one['pixels']['knn']:.1f}, "
-              f"linear {one['pixels']['linear']:.1f}. Measured on {one['machine']}, torch {one['torch']};",
-              f"the command and the commit of each run are in [{name}]({name})."]
+    several = ": mean ± standard deviation" if "," in seeds else ""
+    pixels = f"k-NN {one['pixels']['knn']:.1f}, linear {one['pixels']['linear']:.1f}"
+    lines += [f"\nSeed{'s' * bool(several)} {seeds}{several}. Pixels, reduced to 16 x 16: {pixels}. Measured on {one['machine']},",
+              f"torch {one['torch']}; the command and the commit of each run are in [{name}]({name})."]
     return "\n".join(lines)
 
 
 def readme(text):
     """`text` with the table of each results file between its marks."""
-    marks = r"(<!-- (results/[\w-]+\.jsonl) -->\n).*?(\n<!-- end -->)"
-    return re.sub(marks, lambda m: m[1] + table(ROOT / m[2]) + m[3], text, flags=re.S)
+    marks = r"(<!-- (results/[\w-]+\.jsonl) -->\n).*?(<!-- end -->)"
+    return re.sub(marks, lambda m: f"{m[1]}{table(ROOT / m[2])}\n{m[3]}", text, flags=re.S)
 
 
 def machine():
