@@ -141,8 +141,8 @@ def main(cfg):
     rows = {}
     for ratio in (.75, .85, .95):
         grey, paint, x = painted(method, data.test_images[:10], ratio)
-        rows |= {f"{ratio:.0%} hidden": grey, f"{ratio:.0%} painted": paint, "original": x}
-    common.save_grid(run.folder / "reconstructions.png", rows)
+        rows |= {f"{ratio:.0%} hidden": grey, f"{ratio:.0%} painted": paint}
+    common.save_grid(run.folder / "reconstructions.png", rows | {"original": x})
     return run.finish()
 
 
