@@ -60,7 +60,7 @@ def table(file):
     seeds = ", ".join(map(str, sorted({r["seed"] for r in results})))
     spread = ", mean ± standard deviation" if "," in seeds else " alone"
     pixels = f"k-NN {one['pixels']['knn']:.1f}, linear {one['pixels']['linear']:.1f}"
-    lines += [f"\nSeeds: {seeds}{spread}. Pixels, reduced to 16 x 16: {pixels}. Measured on {one['machine']},",
+    lines += [f"\nSeeds: {seeds}{spread}. Pixels, reduced to 16 x 16: {pixels}.", f"{one['machine']}, "
               f"torch {one['torch']}; the command and the commit of each run are in [{name}]({name})."]
     return "\n".join(lines)
 

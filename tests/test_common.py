@@ -77,7 +77,7 @@ def test_every_flag_is_explained(capsys):
     ("--weight_decay -1", "--weight_decay is -1.0: give a number from 0"), ("--tau 0", "--tau is 0"),
     ("--steps 1.5", "invalid int value: '1.5'"), ("--lr", "expected one argument"),
     ("--seed -1", "--seed is -1"), ("--flip 1", "unknown flag 1"),
-    ("--momentum 1", "--momentum is 1.0"), ("--beta2 1", "--beta2 is 1.0")])  # FINDING betas
+    ("--momentum 1", "--momentum is 1.0"), ("--beta2 1", "--beta2 is 1.0")])
 def test_bad_flags_are_named(argv, why, capsys):
     with pytest.raises(SystemExit) as e:
         parse(Flags, {}, argv.split())
@@ -88,7 +88,7 @@ def test_bad_flags_are_named(argv, why, capsys):
 def test_bad_flags_show_one_line_of_usage(capsys):
     with pytest.raises(SystemExit):
         parse(Flags, {}, ["--batchsize", "64"])
-    assert len(capsys.readouterr().err.splitlines()) <= 2   # FINDING parse-usage: a block of all the flags
+    assert len(capsys.readouterr().err.splitlines()) <= 2
 
 
 def test_flags_and_the_paper():
@@ -105,7 +105,7 @@ def test_given_steps_beat_the_epochs_of_the_paper():
     """epochs win over steps, so --paper --steps 7 must leave the paper's epochs out."""
     paper = dict(epochs=100.)
     cfg = parse(Flags, paper, "--paper --steps 7".split())
-    assert (cfg.steps, cfg.epochs) == (7, 0)                # FINDING paper-steps: the 7 is ignored
+    assert (cfg.steps, cfg.epochs) == (7, 0)
     assert parse(Flags, paper, "--paper --steps 7 --epochs 2".split()).epochs == 2
 
 
@@ -121,7 +121,7 @@ def test_toys_switches_reach_the_toys():
 
 @pytest.mark.parametrize("switch", ["skyy", "rho=much", "n=nan", "n=inf", "n=-4", "=3", "n=2=3"])
 def test_bad_toys_switches_are_named(switch):
-    line = stops(load_data, Flags(data=f"toys:{switch}"))   # FINDING toys-number: n=inf and n=-4
+    line = stops(load_data, Flags(data=f"toys:{switch}"))
     assert f"toys:{switch} " in line and "n, seed, size, objects" in line and "sky" in line
 
 
@@ -181,7 +181,7 @@ def test_cifar10_fetches_again_what_was_deleted(tmp_path, monkeypatch):
     """'delete it and run again' must work for every file, not only for the first."""
     (write_cifar(tmp_path, "bin", monkeypatch) / "data_batch_3.bin").unlink()
     monkeypatch.setattr(common, "CIFAR_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
-    assert "cannot download" in stops(common.cifar10, tmp_path)     # FINDING cifar-deleted: FileNotFoundError
+    assert "cannot download" in stops(common.cifar10, tmp_path)
 
 
 class Bomb:
@@ -264,7 +264,7 @@ def test_download_that_was_cut_before_its_last_rename(server, tmp_path, monkeypa
     """The whole file is there under its .part name; the server has nothing to add and answers 416."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (tmp_path / "blob.tar.part").write_bytes(BLOB)
-    common.download(server.url, tmp_path, hashlib.md5(BLOB).hexdigest())    # FINDING download-whole
+    common.download(server.url, tmp_path, hashlib.md5(BLOB).hexdigest())
     assert (tmp_path / "blob.tar.gz").read_bytes() == BLOB
 
 
@@ -348,13 +348,13 @@ def test_folder_with_an_image_beside_the_classes(tmp_path):
     """An image that lies in no class folder has no label: one line that names it, not a traceback."""
     many(tmp_path, 20, 0)
     shade(tmp_path / "stray.png", 1)
-    assert "stray.png" in stops(common.folder, tmp_path, 8)  # FINDING folder-stray: ValueError of index
+    assert "stray.png" in stops(common.folder, tmp_path, 8)
 
 
 def test_folder_too_small_for_a_test_image(tmp_path):
     """Every tenth image tests; of nine none does, and the pictures would fail after the training."""
     many(tmp_path, 9, 0)
-    assert "9 images" in stops(common.folder, tmp_path, 8)  # FINDING folder-small: an empty test set
+    assert "9 images" in stops(common.folder, tmp_path, 8)
 
 
 def test_images_are_turned_cropped_and_reduced_as_a_viewer_shows_them(tmp_path):

@@ -159,7 +159,7 @@ def test_batch_norm_has_the_statistics_of_the_whole_batch(both):
 def test_batch_norm_counts_its_batches(both):
     """The counter is in every state_dict, so it should not depend on the number of processes."""
     counts = {k: int(v) for k, v in both[0]["norms"]["buffers"].items() if "num_batches" in k}
-    assert set(counts.values()) == {1}                      # FINDING sync-count: it stays at 0
+    assert set(counts.values()) == {1}
 
 
 @pytest.mark.parametrize("name", ["simclr", "byol"])

@@ -127,13 +127,13 @@ def files():
         "torchvision": (resnet, r | {"fc.weight": one, "fc.bias": one}, r),
         "timm": (vit, v | {"head.weight": one, "head.bias": one}, v),
         "mae": (vit, {"model": v | decoder}, v),
-        "mae in training": (vit, {"model": v | decoder, "epoch": 3, "args": args}, v),  # FINDING weights-args
+        "mae in training": (vit, {"model": v | decoder, "epoch": 3, "args": args}, v),
         "dino": (vit, {"student": student, "teacher": teacher, "epoch": 9}, v),
         "barlow twins": (resnet, {"model": twins}, r),
         "moco, evaluated": (resnet, {"state_dict": under("module.", r), "epoch": 1}, r),
-        "moco": (resnet, {"epoch": 200, "arch": "resnet50",                             # FINDING weights-moco
+        "moco": (resnet, {"epoch": 200, "arch": "resnet50",
                           "state_dict": q | k | {"module.queue": one, "module.queue_ptr": one}}, r),
-        "moco v3": (resnet, {"state_dict": base | under("module.momentum_encoder.", s)}, r)}  # as well
+        "moco v3": (resnet, {"state_dict": base | under("module.momentum_encoder.", s)}, r)}
 
 
 @pytest.mark.parametrize("project", list(files()))
@@ -169,9 +169,9 @@ def refused(encoder, file):
     ("extra", {"new": (1,)}, 'Unexpected key(s) in state_dict: "new"'),
     ("shape", {"norm.weight": (7,)}, "size mismatch for norm.weight"),
     ("width of the positions", {"pos_embed": (1, 65, 7)}, "size mismatch for pos_embed"),
-    ("no square", {"pos_embed": (1, 64, 128)}, "does not fit"),  # FINDING weights-positions: loads 7x9
-    ("no grid", {"pos_embed": (1, 63, 128)}, "does not fit"),    # FINDING weights-positions: EinopsError
-    ("number as name", {5: (1,)}, "does not fit")])              # FINDING weights-names: TypeError of re.sub
+    ("no square", {"pos_embed": (1, 64, 128)}, "does not fit"),
+    ("no grid", {"pos_embed": (1, 63, 128)}, "does not fit"),
+    ("number as name", {5: (1,)}, "does not fit")])
 def test_what_does_not_fit_is_named_in_one_line(what, change, why, tmp_path):
     encoder, file = create_encoder("vit_micro", 32), tmp_path / "file.pth"
     state = random_state(encoder) | {k: v and torch.ones(v) for k, v in change.items()}
