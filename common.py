@@ -309,7 +309,7 @@ def distribute(method: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(method, broadcast_buffers=False)
 
 @torch.no_grad()
-def features(encoder: nn.Module, images: Tensor, batch: int = 500) -> Tensor:
+def features(encoder: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
     """uint8 images [N,3,H,W] -> features [N,D] in float32: evaluation mode, no augmentation."""
     training = encoder.training
     encoder.eval()

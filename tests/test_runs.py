@@ -1,4 +1,5 @@
 """What a run leaves behind when it is killed, stopped, resumed, or started with a beginner's mistake."""
+import errno
 import json
 import os
 import pickle
@@ -311,14 +312,14 @@ def test_a_disk_that_is_full_while_saving(folder, tmp_path):
     assert go(tmp_path, "--resume")["steps"] == 4
 
 
-def test_a_disk_that_is_full_while_logging(folder, tmp_path):
+def test_a_disk_that_is_full_while_logging(folder, tmp_path, monkeypatch):
     """The log is written more often than a checkpoint, so it meets the full disk first."""
-    before, (soft, hard) = contents(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (9, hard))
-    try:
-        line = stops(tmp_path, "--resume")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = contents(folder)
+    monkeypatch.setattr(os, "fsync", full)
+    line = stops(tmp_path, "--resume")
     assert f"cannot write {folder / 'log.jsonl'}" in line and "make room" in line
     assert contents(folder) == before
 
