@@ -9,7 +9,7 @@ ICLR 2018, arXiv 1803.07728.
                                                 turn k in 0..3 [4B] <--loss-- logits [4B,4] <-- linear <--'
 
 Good at: features of objects with a usual pose, for the price of a classifier. Not at: round things, top
-views, or data where something trivial tells what is up (--data toys:sky: solved at once, poor features).
+views, or data where something trivial tells what is up (--data toys:sky has such a shortcut).
 Often a middle layer is the best one, so each is probed.
 
 Run      python methods/rotnet.py
