@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 class ResNet(nn.Module):
     """Torchvision's names, no fc. Below 64 px the stem is a 3x3 convolution without pooling; its stride is 1,
-    and 2 with fewer than four stages, since at full resolution it would be half the cost of resnet_small."""
+    and 2 with fewer than four stages, which keeps resnet_small cheap on a CPU."""
     def __init__(self, depths=(2, 2, 2, 2), width=64, expand=1, image_size=224):
         super().__init__()
         small, stride = image_size < 64, 1 if image_size < 64 and len(depths) == 4 else 2
