@@ -151,14 +151,14 @@ def _plan(z, backward):
 
 
 def _tiles(D, itemsize, shared, backward):
-    """A table, not a tuner: the same bits on every run. None spills on sm_80, 90, 100, gfx90a or gfx942."""
+    """A table, not a tuner: the same bits on every run. None spills on sm_80, 90, 100, gfx90a, gfx942."""
     wide, pow2 = D > 128, max(16, 1 << (D - 1).bit_length())
     if not shared:                                                # BM, BN, BD, BO, num_warps, num_stages
         tile = 32, 32, 64, 64, 4, 1
     elif itemsize == 8:
         tile = 32, 32, 16, 64, 4, 1
     elif itemsize == 4:
-        tile = 64, 32 if backward else 64, 16, 128, 8, 2
+        tile = 64, 16 if backward else 64, 16 if backward else 32, 128, 8, 2
     elif shared < 160_000 and wide:
         tile = 64, 64, 64, 256, 8, 2
     elif shared < 160_000:
@@ -166,7 +166,7 @@ def _tiles(D, itemsize, shared, backward):
     elif backward:
         tile = 64 if wide else 128, 64, 64 if wide else 128, 256, 8, 3
     else:
-        tile = 128, 128 if shared > 200_000 else 64, 64 if wide else 128, 256, 8, 3
+        tile = 128, 128 if wide and shared > 200_000 else 64, 64 if wide else 128, 256, 8, 3
     BM, BN, BD, BO, num_warps, num_stages = tile
     options = dict(BM=BM, BN=BN, BD=min(BD, pow2), num_warps=num_warps, num_stages=num_stages)
     return options | dict(BO=min(BO, pow2)) if backward else options
