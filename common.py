@@ -38,6 +38,7 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 from tqdm import tqdm
 
 from kernels.encoders import create_encoder, load_weights, read_checkpoint
+from kernels.evaluation import knn, linear_probe, spread
 from kernels.lars import LARS
 from kernels.toys import CLASSES, toys
 from kernels.views import normalise
@@ -317,31 +318,16 @@ def features(encoder: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
     encoder.train(training)
     return out
 
-def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float = .07) -> Tensor:
-    """Weighted k-NN (Wu et al. 2018, arXiv 1805.01978): the k nearest by cosine s vote with exp(s / tau)."""
-    bank, predictions = F.normalize(bank, dim=1), []
-    for q in F.normalize(queries, dim=1).split(500):
-        s, i = (q @ bank.T).topk(min(k, len(bank)))              # [m,k]
-        votes = F.one_hot(labels[i]) * (s / tau).exp()[..., None]        # [m,k,classes]
-        predictions.append(votes.sum(1).argmax(1))
-    return torch.cat(predictions)
+class Cells(nn.Module):
+    """All layers of an encoder as one: their maps averaged to 2 x 2 cells, side by side."""
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
 
-@torch.enable_grad()
-def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
-    """Logistic regression on standardised features: mean cross-entropy + l2/2 |W|^2, convex, by full-batch
-    L-BFGS, so there is no learning rate to tune. -> classes [M]"""
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)  # last row: bias
-    solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        w.grad = None
-        value = F.cross_entropy(torch.addmm(w[-1], x, w[:-1]), y) + l2 / 2 * w[:-1].square().sum()
-        value.backward()
-        return value
-    solver.step(loss)
-    return torch.addmm(w[-1], x_test, w[:-1]).argmax(1).detach()
+    def forward(self, x):                                        # [B,3,H,W] -> [B,4(C_1+C_2+...)]
+        cells = [F.adaptive_avg_pool2d(a, 2).flatten(1) for a in self.encoder.layers(x)]
+        self.widths = [c.shape[1] for c in cells]
+        return torch.cat(cells, 1)
 
 def percent(predicted: Tensor, y: Tensor) -> float:
     return round(100 * (predicted == y).double().mean().item(), 2)
@@ -350,16 +336,6 @@ def probe(x: Tensor, x_test: Tensor, data: Data) -> dict[str, float]:
     """The one protocol for all: k-NN and linear accuracy in percent of features x [N,D], x_test [M,D]."""
     return dict(knn=percent(knn(x, data.labels, x_test), data.test_labels),
                 linear=percent(linear_probe(x, data.labels, x_test), data.test_labels))
-
-@torch.no_grad()
-def spread(h: Tensor) -> tuple[float, float]:
-    """Collapse monitors of features [B,D]. Std of the l2-normalised features times sqrt(D): 1 on a uniform
-    sphere, 0 for a constant. Effective rank, exp of the entropy of the centred features' normalised singular
-    values: the dimensions in use. Noise about a constant fools the rank, a line fools the std: take both."""
-    h = F.normalize(h.float(), dim=1)
-    s = torch.linalg.svdvals(h - h.mean(0))
-    entropy = torch.special.entr(s / s.sum().clamp_min(1e-12)).sum()
-    return h.std(0).mean().item() * h.shape[1] ** .5, entropy.exp().item()
 
 def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
@@ -535,8 +511,18 @@ class Run:
         self.first, self.seconds, self.last = state["step"], state["seconds"], state["last"]
         self.print(f"resumed at step {self.first}")
 
-    def finish(self, **extra) -> dict:
-        """Evaluate, print the table, write result.json, encoder.pt and curves.png. -> the result"""
+    def probe_layers(self) -> dict:
+        """The probe of every layer's map, averaged to 2 x 2 cells."""
+        encoder, rows = Cells(self.method.encoder), {}
+        both = features(encoder, self.data.images), features(encoder, self.data.test_images)
+        for layer in zip(*(x.split(encoder.widths, 1) for x in both), strict=True):
+            rows[name := f"layer {len(rows) + 1}"] = row = probe(*layer, self.data)
+            self.print(f"{name}, 2 x 2 cells".ljust(27) + f"{row['knn']:12.1f} {row['linear']:13.1f}")
+        return rows
+
+    def finish(self, layers: bool = False, **extra) -> dict:
+        """Evaluate, print the table, write result.json, encoder.pt and curves.png. -> the result
+        layers: probe every layer too; the last one of a pretext task's encoder is often not the best."""
         data, rows = self.data, {}
         if data.labels is None:
             self.print("k-NN and linear probe are left out: no class folders, so no labels")
@@ -549,6 +535,10 @@ class Run:
             self.print(f"\n% of {len(data.test_labels)} test images".ljust(28) + "k-NN (k=20, T=.07)  linear")
             for name, row in rows.items():
                 self.print(f"{name:27}{row['knn']:12.1f} {row['linear']:13.1f}")
+            extra |= dict(layers=self.probe_layers()) if layers else {}
+        for name, value in extra.items():
+            if isinstance(value, float):
+                self.print(f"{name:27}{value:12.3f}")
         pixels, untrained, trained = rows.values() if rows else ({}, {}, {})
         monitors = {k: round(v, 4) for k, v in self.last.items() if k not in ("step", "seconds", "knn")}
         result = dict(method=self.name, data=self.cfg.data, seed=self.cfg.seed, **trained, pixels=pixels,

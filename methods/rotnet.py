@@ -69,17 +69,6 @@ def build(cfg):
     return RotNet(make_encoder(cfg))
 
 
-class Layer(nn.Module):
-    """One layer of an encoder as an encoder: its map, averaged to 2 x 2 cells."""
-
-    def __init__(self, encoder, i):
-        super().__init__()
-        self.encoder, self.i = encoder, i
-
-    def forward(self, x):                                        # [B,3,H,W] -> [B,4C]
-        return F.adaptive_avg_pool2d(self.encoder.layers(x)[self.i], 2).flatten(1)
-
-
 @torch.no_grad()
 def attention_maps(encoder, images):
     """Where a layer is active: the sum over its channels of a^2, as grey images [B,3,H,W] scaled to 0..1."""
@@ -89,6 +78,18 @@ def attention_maps(encoder, images):
         heat = heat - heat.amin((2, 3), keepdim=True)
         rows[f"layer {i}"] = (heat / heat.amax((2, 3), keepdim=True).clamp_min(1e-8)).expand(-1, 3, -1, -1)
     return rows
+
+
+@torch.no_grad()
+def failures(method, images, n=10):
+    """The n worst mistakes: as the network saw them, and turned back by what it said. And the accuracy in %."""
+    method.eval()
+    turned, k = four_turns(images)                               # [4B,3,H,W], [4B]
+    logits = torch.cat([method.classifier(method.encoder(normalise(x))) for x in turned.split(500)])
+    said = logits.argmax(1)                                      # [4B]
+    worst = F.cross_entropy(logits, k, reduction="none").masked_fill(said == k, 0).topk(n).indices
+    back = [turned[i].rot90(-int(said[i]), (1, 2)) for i in worst]
+    return {"seen": turned[worst], "turned back": torch.stack(back)}, common.percent(said, k)
 
 
 def main(cfg):
@@ -111,12 +112,9 @@ def main(cfg):
 
     x = data.test_images[:10]
     common.save_grid(run.folder / "attention.png", {"test images": x} | attention_maps(method.encoder, x))
-    layers = {}
-    for i in range(len(method.encoder.layers(normalise(x[:1])))) if data.labels is not None else ():
-        train, test = (common.features(Layer(method.encoder, i), x) for x in (data.images, data.test_images))
-        layers[f"layer {i + 1}"] = row = common.probe(train, test, data)
-        run.print(f"layer {i + 1} in 2 x 2 cells: k-NN {row['knn']}, linear {row['linear']}")
-    return run.finish(layers=layers)
+    rows, accuracy = failures(method, data.test_images[:500])
+    common.save_grid(run.folder / "failures.png", rows, "the worst mistakes on turned test images")
+    return run.finish(layers=True, turns_right=accuracy)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""sRGB to CIE Lab and back, white point D65: L is what a grey picture shows, a and b are the colour."""
+
+import torch
+import torch.nn.functional as F
+
+# IEC 61966-2-1: linear sRGB -> XYZ, each row divided by the white point, so that white is (1, 1, 1).
+XYZ = torch.tensor([[.4124564, .3575761, .1804375], [.2126729, .7151522, .0721750],
+                    [.0193339, .1191920, .9503041]], dtype=torch.float64)
+XYZ = XYZ / XYZ.sum(1, keepdim=True)
+
+
+def mix(matrix, x):                                              # [3,3], [B,3,H,W] -> [B,3,H,W]
+    return F.conv2d(x, matrix.to(x)[:, :, None, None])
+
+
+def rgb_to_lab(x):
+    """Colours [B,3,H,W] in 0..1 -> L in 0..100, a and b in about -110..110."""
+    linear = torch.where(x > .04045, ((x.clamp(min=0) + .055) / 1.055) ** 2.4, x / 12.92)
+    t = mix(XYZ, linear)                                         # [B,3,H,W]  X, Y, Z of white are 1
+    f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-8) ** (1 / 3), t * (29 / 6) ** 2 / 3 + 4 / 29)
+    x, y, z = f.split(1, 1)
+    return torch.cat([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def lab_to_rgb(lab):
+    """Its inverse; colours that no screen has are clipped to 0..1."""
+    light, a, b = lab.split(1, 1)
+    y = (light + 16) / 116
+    f = torch.cat([y + a / 500, y, y - b / 200], 1)
+    t = torch.where(f > 6 / 29, f ** 3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
+    x = mix(XYZ.inverse(), t).clamp(0, 1)
+    return torch.where(x > .0031308, 1.055 * x.clamp(min=1e-8) ** (1 / 2.4) - .055, 12.92 * x)

@@ -1,0 +1,44 @@
+"""How good features are: weighted k-NN, a linear probe, and two numbers that name collapse."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float = .07) -> Tensor:
+    """Weighted k-NN (Wu et al. 2018, arXiv 1805.01978): the k nearest by cosine s vote with exp(s / tau)."""
+    bank, predictions = F.normalize(bank, dim=1), []
+    for q in F.normalize(queries, dim=1).split(500):
+        s, i = (q @ bank.T).topk(min(k, len(bank)))              # [m,k]
+        votes = F.one_hot(labels[i]) * (s / tau).exp()[..., None]        # [m,k,classes]
+        predictions.append(votes.sum(1).argmax(1))
+    return torch.cat(predictions)
+
+
+@torch.enable_grad()
+def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
+    """Logistic regression on standardised features: mean cross-entropy + l2/2 |W|^2, convex, by full-batch
+    L-BFGS, so there is no learning rate to tune. -> classes [M]"""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    x, x_test = (x - mean) / std, (x_test - mean) / std
+    w = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)  # last row: bias
+    solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        w.grad = None
+        value = F.cross_entropy(torch.addmm(w[-1], x, w[:-1]), y) + l2 / 2 * w[:-1].square().sum()
+        value.backward()
+        return value
+    solver.step(loss)
+    return torch.addmm(w[-1], x_test, w[:-1]).argmax(1).detach()
+
+
+@torch.no_grad()
+def spread(h: Tensor) -> tuple[float, float]:
+    """Collapse monitors of features [B,D]. Std of the l2-normalised features times sqrt(D): 1 on a uniform
+    sphere, 0 for a constant. Effective rank, exp of the entropy of the centred features' normalised singular
+    values: the dimensions in use. Noise about a constant fools the rank, a line fools the std: take both."""
+    h = F.normalize(h.float(), dim=1)
+    s = torch.linalg.svdvals(h - h.mean(0))
+    entropy = torch.special.entr(s / s.sum().clamp_min(1e-12)).sum()
+    return h.std(0).mean().item() * h.shape[1] ** .5, entropy.exp().item()
