@@ -82,7 +82,7 @@ def attention_maps(encoder, images):
 
 @torch.no_grad()
 def failures(method, images, n=10):
-    """The n worst mistakes: as the network saw them, and turned back by what it said. And the accuracy in %."""
+    """The n worst mistakes, as seen and as turned back by what the network said; its accuracy in %."""
     method.eval()
     turned, k = four_turns(images)                               # [4B,3,H,W], [4B]
     logits = torch.cat([method.classifier(method.encoder(normalise(x))) for x in turned.split(500)])
