@@ -118,7 +118,8 @@ def load_data(cfg: Config, device="cpu") -> Data:
         options = dict(n=20_000, seed=0, size=cfg.image_size) | toy_switches(rest)
         a = toys(**options)
         b = toys(**options | dict(n=max(options["n"] // 10, 100), seed=options["seed"] + 1))
-        y = [t["labels"] if t["labels"].ndim == 1 else None for t in (a, b)]   # scenes have no single label
+        single = options.get("objects", 1) == options.get("frames", 1) == 1    # scenes, clips: no one label
+        y = [t["labels"] if single else None for t in (a, b)]
         data = Data(a["images"], y[0], b["images"], y[1], CLASSES, a["masks"], b["masks"])
     elif cfg.data == "cifar10":
         data = cifar10(Path(cfg.data_dir).expanduser(), cfg.image_size)
@@ -133,7 +134,7 @@ def load_data(cfg: Config, device="cpu") -> Data:
 def toy_switches(text: str) -> dict:
     """'sky,rho=0' -> {'sky': True, 'rho': 0.}, typed as the defaults of toys() are."""
     switches = {}
-    known = {k: p.default for k, p in inspect.signature(toys).parameters.items() if k != "frames"}
+    known = {k: p.default for k, p in inspect.signature(toys).parameters.items()}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         try:
@@ -525,7 +526,7 @@ class Run:
         layers: probe every layer too; the last one of a pretext task's encoder is often not the best."""
         data, rows = self.data, {}
         if data.labels is None:
-            self.print("k-NN and linear probe are left out: no class folders, so no labels")
+            self.print("k-NN and linear probe are left out: these images have no one label each")
         else:
             before = "before training" if self.cfg.weights else "untrained encoder"
             pixels = nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Flatten())

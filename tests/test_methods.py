@@ -1,34 +1,11 @@
 """What every method must do: a new file in methods/ is tested by being there. Then what each must do."""
-import importlib
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from running import METHODS, load, train
 from torch import nn
-
-import common
-
-ROOT = Path(__file__).parents[1]
-METHODS = sorted(f.stem for f in (ROOT / "methods").glob("*.py"))
-sys.path.insert(0, str(ROOT / "methods"))
-
-
-def load(name):
-    return importlib.import_module(name)
-
-
-def train(name, tmp_path, monkeypatch, *flags, images=64):
-    """Runs a method's own main() on one batch, without the evaluation. -> the method, its losses, its log"""
-    losses, seen, module = [], [], load(name)
-    monkeypatch.setattr(common.Run, "finish", lambda self, **extra: seen.append(self))
-    monkeypatch.setattr(common, "probe", lambda *args: dict(knn=0., linear=0.))
-    monkeypatch.setattr(common.Run, "finite", lambda self, loss: losses.append(loss.item()) or loss)
-    argv = ["--data", f"toys:n={images}", "--batch_size", str(images), "--out", str(tmp_path), *flags]
-    module.main(common.parse(module.Config, module.PAPER, argv))
-    return seen[0].method, losses, seen[0].last
 
 
 @pytest.mark.parametrize("name", METHODS)
