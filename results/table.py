@@ -1,6 +1,7 @@
 """Runs every method and writes the README's tables from what was measured.
 
     python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2
+    python results/table.py rotnet,simclr [--flags]          the same of these
     python results/table.py pictures         draw toys.png, copy the pictures of the runs with seed 0
     python results/table.py                  write the tables between the marks in README.md
 
@@ -77,12 +78,12 @@ def machine():
     return f"{os.cpu_count()} cores of {names[0]}"
 
 
-def run_all(flags):
+def run_all(names, flags):
     """What has no line yet. The flags go to every method; the data among them names the file."""
     data = flags[flags.index("--data") + 1] if "--data" in flags else "toys"
     file = ROOT / "results" / (re.sub(r"[^a-z0-9]+", "-", data.lower()) + ".jsonl")
     for seed in (0, 1, 2):
-        for name, *_ in methods():
+        for name in names:
             if any((r["method"], r["seed"]) == (name, seed) for r in read(file)):
                 continue
             command = [f"methods/{name}.py", "--seed", str(seed), *flags]
@@ -114,7 +115,8 @@ def pictures():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["pictures"]:
         pictures()
-    if sys.argv[1:2] == ["all"]:
-        run_all(sys.argv[2:])
+    elif sys.argv[1:]:
+        names = [name for name, *_ in methods()]
+        run_all(names if sys.argv[1] == "all" else sys.argv[1].split(","), sys.argv[2:])
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text()))
