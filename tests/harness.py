@@ -65,13 +65,23 @@ def guarded():
 
 # ---- comparison
 
+def outputs(fn, leaves):
+    values = fn(*leaves)
+    return values if isinstance(values, tuple) else (values,)
+
+
 def run(fn, inputs, go=None):
-    """[value, gradient of each floating input] of fn, in guarded memory; go: the gradient that comes in."""
+    """[outputs of fn, gradient of each floating input], in guarded memory. go: the gradients that come in, a
+    number for all, or a tensor for each output that has one; by default ones, as .sum() sends them."""
     leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
     with guarded():
-        value = fn(*leaves)
-        go = None if go is None else torch.full_like(value, go)
-        return [value.detach(), *torch.autograd.grad(value, [x for x in leaves if x.requires_grad], go)]
+        values = outputs(fn, leaves)
+        wanted, inputs = [v for v in values if v.requires_grad], [x for x in leaves if x.requires_grad]
+        if not isinstance(go, list | tuple):
+            go = [torch.full_like(v, 1 if go is None else go) for v in wanted]
+        go = [g.to(v.dtype) for g, v in zip(go, wanted, strict=True)]
+        grads = torch.autograd.grad(wanted, inputs, go) if wanted else ()
+        return [*(v.detach() for v in values), *grads]
 
 
 def ulp(largest, dtype):
@@ -79,13 +89,16 @@ def ulp(largest, dtype):
 
 
 def compare(kernel, reference, inputs, largest=None, go=None):
-    """Value and every gradient, kernel against reference; largest: for each, of the terms it is a sum of."""
+    """Every output and gradient, kernel against reference; largest: for each, of the terms it is a sum of."""
     exact = run(reference, [x.double() if x.is_floating_point() else x for x in inputs], go)
     plain = run(reference, inputs, go)
     for i, (e, p, k) in enumerate(zip(exact, plain, run(kernel, inputs, go), strict=True)):
-        name = f"gradient {i - 1}" if i else "value"
-        size = max(e.abs().max().item(), largest[i] if largest else 0)
+        name = f"result {i} (outputs, then gradients)"
         assert (k.dtype, k.shape) == (p.dtype, p.shape), name
+        if not k.is_floating_point() or not k.numel():
+            assert k.equal(e), name
+            continue
+        size = max(e.abs().max().item(), largest[i] if largest else 0)
         assert k.isfinite().all(), f"{name} is not finite"
         error, allowed = (k.double() - e).abs().max().item(), (p.double() - e).abs().max().item()
         if k.dtype == torch.float64:
@@ -102,11 +115,12 @@ def check_compiles(fn, *inputs):
     """No graph break, and the same bits with it as without."""
     results = []
     for f in fn, torch.compile(fn, backend="aot_eager", fullgraph=True):
-        leaves = [x.detach().requires_grad_() for x in inputs]
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Guards may run slower on Python 3.13.0")
-            value = f(*leaves)
-        results.append([value, *torch.autograd.grad(value.sum(), leaves)])
+            values = outputs(f, leaves)
+        total = sum(v.sum() for v in values if v.requires_grad)
+        results.append([*values, *torch.autograd.grad(total, [x for x in leaves if x.requires_grad])])
     assert all(a.equal(b) for a, b in zip(*results, strict=True))
 
 
@@ -118,8 +132,9 @@ def check_deterministic(fn, *inputs, times=3):
 
 def check_zero_stride_grad(fn, *inputs):
     """.sum().backward() sends a gradient of stride 0."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    value = fn(*leaves)
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    value = outputs(fn, leaves)[0]
+    leaves = [x for x in leaves if x.requires_grad]
     dense = torch.autograd.grad(value, leaves, torch.ones_like(value), retain_graph=True)
     flat = torch.autograd.grad(value, leaves, value.new_ones(()).expand_as(value))
     assert all(a.equal(b) for a, b in zip(dense, flat, strict=True))
@@ -127,7 +142,8 @@ def check_zero_stride_grad(fn, *inputs):
 
 def check_no_double_backward(fn, *inputs):
     """The error says what to do about it."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    grads = torch.autograd.grad(fn(*leaves).sum(), leaves, create_graph=True)
+    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+    total = sum(v.sum() for v in outputs(fn, leaves) if v.requires_grad)
+    grads = torch.autograd.grad(total, [x for x in leaves if x.requires_grad], create_graph=True)
     with pytest.raises(NotImplementedError, match='impl="reference"'):
         sum(g.sum() for g in grads).backward()
