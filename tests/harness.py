@@ -50,7 +50,7 @@ def guarded():
 
     def guard(*shape, **options):
         shape = empty(*shape, device="meta").shape
-        arena = torch.full((shape.numel() + 2 * MARGIN,), 12345, **options)
+        arena = torch.full((shape.numel() + 2 * MARGIN,), 12345., **options)
         body = arena[MARGIN:MARGIN + shape.numel()]
         arenas.append((arena, shape.numel()))
         return body.fill_(math.nan).view(shape)

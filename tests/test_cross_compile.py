@@ -33,7 +33,14 @@ def contrastive(k, new):                                          # k: the modul
         k._backward_triton(go, z, lse, .1)
 
 
-LAUNCHES = {"contrastive": contrastive}
+def augment(k, new):                                              # BYOL's second view, and SimCLR's of floats
+    flag, factors = new(64, acc=True).bool(), new(64, 4, acc=True)
+    p = k.Params(factors.long(), flag, factors, factors.long(), flag, new(64, acc=True), flag)
+    k._forward_triton(new(64, 3, 256, 256).byte(), p, 224)
+    k._forward_triton(new(64, 3, 32, 32), p._replace(sigma=None, solarise=None), 32)
+
+
+LAUNCHES = {"contrastive": contrastive, "augment": augment}
 CASES = [(name, kind, target) for name in LAUNCHES for kind in TYPES for target in TARGETS
          if kind != "tf32" or target.startswith("sm_")]
 
@@ -49,7 +56,8 @@ def compile_all(name):
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+    names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64",
+             torch.uint8: "u8", torch.bool: "i1"}
     launches = []
 
     def record(kernel, *args, grid, warmup, **options):
