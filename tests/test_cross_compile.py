@@ -40,7 +40,14 @@ def augment(k, new):                                              # BYOL's secon
     k._forward_triton(new(64, 3, 32, 32), p._replace(sigma=None, solarise=None), 32)
 
 
-LAUNCHES = {"contrastive": contrastive, "augment": augment}
+def sinkhorn(k, new):
+    s, f, g = new(1024, 3000), new(1024, acc=True), new(3000, acc=True)
+    k._columns_triton(s, g, f, .05)                               # and the merge of its splits
+    k._rows_triton(s, g, g, .05)
+    k._codes_triton(s, g, g, .05)
+
+
+LAUNCHES = {"contrastive": contrastive, "sinkhorn": sinkhorn, "augment": augment}
 CASES = [(name, kind, target) for name in LAUNCHES for kind in TYPES for target in TARGETS
          if kind != "tf32" or target.startswith("sm_")]
 
