@@ -47,7 +47,13 @@ def sinkhorn(k, new):
     k._codes_triton(s, g, g, .05)
 
 
-LAUNCHES = {"contrastive": contrastive, "sinkhorn": sinkhorn, "augment": augment}
+def cross_correlation(k, new):
+    for D in 1024, 2048:
+        k._forward_triton(new(4096, D), new(4096, D), 4096, 1., .005)
+
+
+LAUNCHES = {"contrastive": contrastive, "sinkhorn": sinkhorn, "augment": augment,
+            "cross_correlation": cross_correlation}
 CASES = [(name, kind, target) for name in LAUNCHES for kind in TYPES for target in TARGETS
          if kind != "tf32" or target.startswith("sm_")]
 
