@@ -1,7 +1,7 @@
 """The codes of SwAV and DINOv2: Sinkhorn-Knopp on a batch of scores, in the log domain.
 
 Unsupervised Learning of Visual Features by Contrasting Cluster Assignments. Caron, Misra, Mairal, Goyal,
-Bojanowski, Joulin, NeurIPS 2020, arXiv 2006.09882, Eq. 5. Row i of s [B,K] has the scores of sample i.
+Bojanowski, Joulin, NeurIPS 2020, arXiv 2006.09882. Row i of s [B,K] has the scores of sample i.
 
     Q = exp(s / eps), then n times: column of each prototype / its sum, row of each sample / its sum
 
@@ -45,7 +45,7 @@ def sinkhorn_reference(s, eps=.05, iterations=3, group=None):
     for _ in range(iterations):
         log_q = log_q - _over_ranks(log_q.logsumexp(0), 1, group)  # each column sums to 1
         log_q = log_q.log_softmax(1)                              # each row sums to 1
-    return log_q.exp().to(s.dtype)                                # [B,K]    Eq. 5
+    return log_q.exp().to(s.dtype)                                # [B,K]    Q
 
 
 def _acc(s):
@@ -128,7 +128,7 @@ if triton:
                 x = x - tl.load(c + col, col < K, 0.) - tl.load(g + col, col < K, 0.)
                 code = tl.exp2((x - top[:, None]) * scale) / total[:, None]
                 at = out + row.to(tl.int64)[:, None] * K + col
-                tl.store(at, _round(code, out.dtype.element_ty), col < K)         # [BM,BN]  Eq. 5
+                tl.store(at, _round(code, out.dtype.element_ty), col < K)         # [BM,BN]  Q
         else:
             tl.store(out + row, top + tl.log2(total) / scale)     # [BM]     f_i
 
@@ -183,7 +183,7 @@ def _rows(s: Tensor, c: Tensor, g: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op("ssl::sinkhorn_codes", mutates_args=())
 def _codes(s: Tensor, c: Tensor, g: Tensor, eps: float) -> Tensor:
-    return ((s - c - g) / eps).softmax(1).to(s.dtype).contiguous()                # [B,K]  Eq. 5
+    return ((s - c - g) / eps).softmax(1).to(s.dtype).contiguous()                # [B,K]  Q
 
 
 _columns.register_fake(lambda s, c, f, eps: s.new_empty(s.shape[1], dtype=_acc(s)))
