@@ -52,8 +52,25 @@ def cross_correlation(k, new):
         k._forward_triton(new(4096, D), new(4096, D), 4096, 1., .005)
 
 
+def prototype_ce(k, new):
+    s, t, center = new(640, 65536), new(640, 65536), new(65536, acc=True)
+    lse, go = new(4, 640, acc=True), new(640, acc=True)
+    for c, tau_t in (center, .04), (None, 0.):                    # 0: the teacher is codes
+        k._forward_triton(s, t, c, .1, tau_t)
+        k._backward_triton(go, s, t, c, lse, .1, tau_t)
+
+
+def prototype_features(k, new):
+    x, w, center = new(8192, 256), new(65536, 256), new(65536, acc=True)
+    lse, go = new(4, 8192, acc=True), new(8192, acc=True)
+    k._forward_triton(x, w, x, w, center, .1, .04)
+    for of_w in False, True:
+        k._backward_triton(go, x, w, x, w, center, lse, .1, .04, of_w)
+
+
 LAUNCHES = {"contrastive": contrastive, "sinkhorn": sinkhorn, "augment": augment,
-            "cross_correlation": cross_correlation}
+            "cross_correlation": cross_correlation, "prototype_ce": prototype_ce,
+            "prototype_features": prototype_features}
 CASES = [(name, kind, target) for name in LAUNCHES for kind in TYPES for target in TARGETS
          if kind != "tf32" or target.startswith("sm_")]
 
