@@ -6,9 +6,9 @@ BYOL: Grill et al., NeurIPS 2020, arXiv 2006.07733 (appendix B: blur, solarise, 
     x [B,3,H,W] --/255--> crop, flip, resize --> jitter --> grey --> blur --> solarise --> (x - MEAN) / STD
       uint8               Wy @ x @ Wx.T          own order           G @ x @ G.T           [B,3,S,S] float32
 
-Every operation is torchvision's, not rounded to 1/255 in between (and grey has .299, not .2989). Resizing is
-PIL's: antialiased where the crop is reduced. The kernel goes from x to the view in one pass. Jitter adds one
-before it, for contrast: grey at its turn, summed over tiles. Blur adds two after it, one an axis. No atomics.
+Every operation is torchvision's, not rounded to 1/255 in between; grey has .299, not .2989; solarise starts
+at .5, which rounds to 128. Resizing is PIL's: antialiased where the crop is reduced. The kernel makes one pass.
+Jitter adds one before it, for contrast: grey at its turn, summed over tiles. Blur adds two, one an axis.
 
 FLOPs  8 Ky Kx a pixel, K = max(2, 2 H / S), twice that with jitter; 16 K with blur. Plain: 6 W (H + S) / S.
 Bytes  The crop's (jitter: twice), and 4 a value of the view (blur: 20). Plain, op by op, SimCLR's views: 460.
@@ -109,7 +109,7 @@ def apply_reference(x, p, size):
             some(shift_hue, x, (p.order[:, t] == HUE) & (p.jitter[:, HUE] != 0), p.jitter[:, HUE])
     some(luma, x, p.grey)
     some(blur, x, None if p.sigma is None else p.sigma > 0, p.sigma)
-    some(lambda x: torch.where(x < 128 / 255, x, 1 - x), x, p.solarise)
+    some(lambda x: torch.where(x < .5, x, 1 - x), x, p.solarise)
     return normalise(x)
 
 
@@ -187,7 +187,7 @@ if triton:
             if grey is not None:
                 r, g, b = [tl.where(tl.load(grey + n), y, v) for v in (r, g, b)]
             if solarise is not None:
-                r, g, b = [tl.where(tl.load(solarise + n) & (v >= 128 / 255), 1 - v, v) for v in (r, g, b)]
+                r, g, b = [tl.where(tl.load(solarise + n) & (v >= .5), 1 - v, v) for v in (r, g, b)]
             if END == "view":
                 r, g, b = (r - MEAN[0]) / STD[0], (g - MEAN[1]) / STD[1], (b - MEAN[2]) / STD[2]
             for c in tl.static_range(3):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # numpy, on 0 
 MEAN, STD = (.485, .456, .406), (.229, .224, .225)
 OFF = Params(*[None] * 7)
 B, C, S, H = range(4)                                             # brightness, contrast, saturation, hue
-HALF = 128 / 255                                                  # where solarise jumps
+HALF = .5                                                         # where solarise jumps
 SHAPES = [(1, 1, 1), (1, 5, 7), (9, 7, 8), (8, 8, 8), (8, 5, 3), (4, 6, 9), (3, 2, 1)]    # H, W, size
 INPUTS = [torch.uint8, torch.float32, torch.float16, torch.bfloat16]
 
