@@ -7,7 +7,7 @@ BYOL: Grill et al., NeurIPS 2020, arXiv 2006.07733 (appendix B: blur, solarise, 
       uint8               Wy @ x @ Wx.T          own order           G @ x @ G.T           [B,3,S,S] float32
 
 Every operation is torchvision's, not rounded to 1/255 in between; grey has .299, not .2989; solarise starts
-at .5, which rounds to 128. Resizing is PIL's: antialiased where the crop is reduced. The kernel makes one pass.
+at .5, which rounds to 128. Resizing is PIL's: antialiased where the crop is reduced. The kernel: one pass.
 Jitter adds one before it, for contrast: grey at its turn, summed over tiles. Blur adds two, one an axis.
 
 FLOPs  8 Ky Kx a pixel, K = max(2, 2 H / S), twice that with jitter; 16 K with blur. Plain: 6 W (H + S) / S.
