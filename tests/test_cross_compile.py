@@ -68,9 +68,23 @@ def prototype_features(k, new):
         k._backward_triton(go, x, w, x, w, center, lse, .1, .04, of_w)
 
 
+def clip(k, new):
+    a, scale, lse = new(4096, 512), new(acc=True), new(2, 8192, acc=True)
+    k._forward_triton(a, a, scale)
+    k._backward_triton(a, a, scale, lse, False)
+
+
+def info_nce(k, new):
+    for B, M, D, kind, swap in (256, 65536, 128, "float", False), (4096, 32768, 512, "int", True):
+        q, keys, target, lse = new(B, D), new(M, D), getattr(new(B, acc=True), kind)(), new(2, B, acc=True)
+        k._forward_triton(q, keys, target, .1)
+        k._backward_triton(*((keys, q) if swap else (q, keys)), target, lse, .1, swap)
+
+
 LAUNCHES = {"contrastive": contrastive, "sinkhorn": sinkhorn, "augment": augment,
             "cross_correlation": cross_correlation, "prototype_ce": prototype_ce,
-            "prototype_features": prototype_features}
+            "prototype_features": prototype_features,
+            "clip": clip, "info_nce": info_nce}
 CASES = [(name, kind, target) for name in LAUNCHES for kind in TYPES for target in TARGETS
          if kind != "tf32" or target.startswith("sm_")]
 
