@@ -94,6 +94,15 @@ def test_operators_without_kernel(dtype):
             three_way(layout(unit(34, 17).to(dtype), "transposed"), .1)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_operators_without_kernel_stay_fp32_under_autocast(low):
+    z, f = unit(34, 17).to(low), partial(nt_xent, tau=.1)
+    with contrastive._forward.set_kernel_enabled(DEVICE, enabled=False):
+        loss = f(z)
+        with torch.autocast(DEVICE, low):
+            assert f(z).equal(loss) and f(z.float()).equal(loss)
+
+
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("n, D, tau", [(2, 3, .5), (6, 1, .1), (10, 4, .3)])
 def test_paper_formula(n, D, tau, impl):
