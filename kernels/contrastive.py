@@ -244,8 +244,7 @@ def nt_xent(z: Tensor, tau: float, impl: str = "auto") -> Tensor:
         why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
         raise RuntimeError(f'impl="triton" cannot run on {z.device.type}: {why}')
     kind = z.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        low = z.dtype if z.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+    if kind != "meta" and torch.is_autocast_enabled(kind) and z.dtype != torch.float64:
         with torch.autocast(kind, enabled=False):
-            return nt_xent(z.to(low), tau, impl)
+            return nt_xent(z.to(torch.get_autocast_dtype(kind)), tau, impl)
     return nt_xent_reference(z, tau) if impl == "reference" else _forward(z, tau)[0]
