@@ -33,25 +33,6 @@ def contrastive(k, new):                                          # k: the modul
         k._backward_triton(go, z, lse, .1)
 
 
-def augment(k, new):                                              # BYOL's second view, and SimCLR's of floats
-    flag, factors = new(64, acc=True).bool(), new(64, 4, acc=True)
-    p = k.Params(factors.long(), flag, factors, factors.long(), flag, new(64, acc=True), flag)
-    k._forward_triton(new(64, 3, 256, 256).byte(), p, 224)
-    k._forward_triton(new(64, 3, 32, 32), p._replace(sigma=None, solarise=None), 32)
-
-
-def sinkhorn(k, new):
-    s, f, g = new(1024, 3000), new(1024, acc=True), new(3000, acc=True)
-    k._columns_triton(s, g, f, .05)                               # and the merge of its splits
-    k._rows_triton(s, g, g, .05)
-    k._codes_triton(s, g, g, .05)
-
-
-def cross_correlation(k, new):
-    for D in 1024, 2048:
-        k._forward_triton(new(4096, D), new(4096, D), 4096, 1., .005)
-
-
 def prototype_ce(k, new):
     s, t, center = new(640, 65536), new(640, 65536), new(65536, acc=True)
     lse, go = new(4, 640, acc=True), new(640, acc=True)
@@ -66,6 +47,11 @@ def prototype_features(k, new):
     k._forward_triton(x, w, x, w, center, .1, .04)
     for of_w in False, True:
         k._backward_triton(go, x, w, x, w, center, lse, .1, .04, of_w)
+
+
+def cross_correlation(k, new):
+    for D in 1024, 2048:
+        k._forward_triton(new(4096, D), new(4096, D), 4096, 1., .005)
 
 
 def clip(k, new):
@@ -90,10 +76,33 @@ def attention(k, new):
             k._backward_triton(q, q, q, q, padding, q, new(B, H, 2, N, acc=True), N, d**-.5)
 
 
+def slot_attention(k, new):
+    for S, D in ((11, 64), (100, 64))[:1 + (new(1).dtype.itemsize == 2)]:         # fp32 holds the first
+        q, x = new(2, S, D), new(2, 1024, D)
+        u, den = new(2, S, D, acc=True), new(2, S, 1, acc=True)
+        mask, off, da = x[:, :, 0] > 0, q[:, :, 0] > 0, new(2, S, 1024, acc=True)
+        k._forward_triton(q, x, x, mask, off, 1e-8, .1, True)
+        k._backward_triton(u, da, q, x, x, mask, off, u, den, 1e-8, .1)
+
+
+def augment(k, new):                                              # BYOL's second view, and SimCLR's of floats
+    flag, factors = new(64, acc=True).bool(), new(64, 4, acc=True)
+    p = k.Params(factors.long(), flag, factors, factors.long(), flag, new(64, acc=True), flag)
+    k._forward_triton(new(64, 3, 256, 256).byte(), p, 224)
+    k._forward_triton(new(64, 3, 32, 32), p._replace(sigma=None, solarise=None), 32)
+
+
+def sinkhorn(k, new):
+    s, f, g = new(1024, 3000), new(1024, acc=True), new(3000, acc=True)
+    k._columns_triton(s, g, f, .05)                               # and the merge of its splits
+    k._rows_triton(s, g, g, .05)
+    k._codes_triton(s, g, g, .05)
+
+
 LAUNCHES = {"contrastive": contrastive, "sinkhorn": sinkhorn, "augment": augment,
-            "cross_correlation": cross_correlation, "prototype_ce": prototype_ce,
-            "prototype_features": prototype_features, "clip": clip, "info_nce": info_nce,
-            "attention": attention}
+            "attention": attention, "prototype_ce": prototype_ce,
+            "prototype_features": prototype_features, "cross_correlation": cross_correlation,
+            "clip": clip, "info_nce": info_nce, "slot_attention": slot_attention}
 CASES = [(name, kind, target) for name in LAUNCHES for kind in TYPES for target in TARGETS
          if kind != "tf32" or target.startswith("sm_")]
 
