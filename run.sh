@@ -3,7 +3,7 @@
 #   ./run.sh METHOD [--flags]        train any method: ./run.sh simclr --data cifar10; ./run.sh simclr --help
 #   ./run.sh test [pytest's flags]   all tests
 #   ./run.sh all [--flags]           every method with seeds 0, 1, 2 into results/, then the README's table
-#   ./run.sh bench                   how fast the views are on this machine
+#   ./run.sh bench [FILE ...]        how fast the kernels are; without a GPU, what is fast on a CPU too
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=$(command -v python3 || command -v python) || { echo "run.sh: install Python 3.11 or newer first"; exit 1; }
@@ -20,8 +20,7 @@ fi
 case ${1:-mae} in
     test) shift; cd "$here" && exec "$python" -m pytest "$@" ;;
     all) shift; exec "$python" "$here/results/table.py" all "$@" ;;
-    bench) "$python" "$here/kernels/views.py"
-           echo "The loss kernels run on a GPU; their benchmark is not written yet." ;;
+    bench) shift; "$python" "$here/results/bench.py" "$@" && exec "$python" "$here/results/table.py" ;;
     *)  [ -f "$here/methods/${1:-mae}.py" ] || {
             echo "run.sh: there is no ${1}. Give test, all, bench, or a method:" $(cd "$here/methods" && ls -- *.py | sed 's/\.py$//')
             exit 2

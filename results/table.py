@@ -6,7 +6,7 @@
     python results/table.py                  write the tables between the marks in README.md
 
 A line of results/<data>.jsonl is a run's result.json with its command, commit and machine; nothing else gets
-into a table.
+into a table. Its seconds do not where the machine was busy with more than the run.
 """
 import ast
 import json
@@ -17,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,24 +53,43 @@ def table(file):
         rows = [r for r in results if r["method"] == name]
         if not rows:
             continue
-        seconds = statistics.mean(r["seconds"] for r in rows)
+        busy = any(r.get("busy") for r in rows)
+        seconds = "" if busy else f"{statistics.mean(r['seconds'] for r in rows):.0f}"
         knn, linear = (mean(r[key] for r in rows) for key in ("knn", "linear"))
         before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
-        lines.append(f"| [{title}](methods/{name}.py) | {year} | {idea} | {length} | {seconds:.0f} "
+        lines.append(f"| [{title}](methods/{name}.py) | {year} | {idea} | {length} | {seconds} "
                      f"| {knn} | {linear} | {before} |")
     one, name = results[0], f"results/{file.name}"
     seeds = ", ".join(map(str, sorted({r["seed"] for r in results})))
     spread = ", mean ± standard deviation" if "," in seeds else " alone"
     pixels = f"k-NN {one['pixels']['knn']:.1f}, linear {one['pixels']['linear']:.1f}"
-    lines += [f"\nSeeds: {seeds}{spread}. Pixels, reduced to 16 x 16: {pixels}.", f"{one['machine']}, "
+    machines = " and ".join(dict.fromkeys(r["machine"] for r in results))
+    lines += [f"\nSeeds: {seeds}{spread}. Pixels, reduced to 16 x 16: {pixels}.", f"{machines}, "
               f"torch {one['torch']}; the command and the commit of each run are in [{name}]({name})."]
+    return "\n".join(lines)
+
+
+def kernel_table(file):
+    """What bench.py measured last: a line for each way to compute the same."""
+    rows = list({(r["name"], r["shape"], r["way"]): r for r in read(file)}.values())
+    lines = ["| what | shape | how | ms (20 to 80 %) | of bound | extra MiB | images/s |", "|---" * 7 + "|"]
+    for r in rows:
+        ms = f"{r['ms']:.3g} ({r['low']:.3g} to {r['high']:.3g})" if "ms" in r else r["error"]
+        bound = f"{r['percent']:.0f} % of {r['of']}" if "percent" in r else ""
+        cells = [r["name"], r["shape"], r["way"], ms, bound]
+        cells += [str(r.get(key, "")) for key in ("extra_mib", "images_per_second")]
+        lines.append(f"| {' | '.join(cells)} |")
+    name, one = f"results/{file.name}", rows[-1]
+    lines.append(f"\n{one['machine']}, torch {one['torch']}, triton {one['triton']};")
+    lines.append(f"the command and the commit of each line are in [{name}]({name}).")
     return "\n".join(lines)
 
 
 def readme(text):
     """`text` with the table of each results file between its marks."""
-    marks = r"(<!-- (results/[\w-]+\.jsonl) -->\n).*?(<!-- end -->)"
-    return re.sub(marks, lambda m: f"{m[1]}{table(ROOT / m[2])}\n{m[3]}", text, flags=re.S)
+    def fill(m):
+        return f"{m[1]}{(kernel_table if 'kernels-' in m[2] else table)(ROOT / m[2])}\n{m[3]}"
+    return re.sub(r"(<!-- (results/[\w.=-]+\.jsonl) -->\n).*?(<!-- end -->)", fill, text, flags=re.S)
 
 
 def machine():
@@ -91,8 +111,14 @@ def run_all(names, flags):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
             folders = (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json")
             row = json.loads(max(folders, key=lambda f: f.stat().st_mtime).read_text())
-            git = subprocess.check_output(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True)
-            row |= dict(command=" ".join(["python", *command]), commit=git.strip(), machine=machine())
+            git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+            commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+            code = "methods", "kernels", "common.py"
+            changed = git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode
+            row |= dict(command=" ".join(["python", *command]), commit=commit + "-dirty" * bool(changed),
+                        machine=machine())
+            if os.getloadavg()[1] > os.cpu_count() + 1:          # of the last five minutes
+                row["busy"] = True
             with open(file, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
@@ -106,8 +132,10 @@ def pictures():
     calm = toys(400, seed=5, size=64, small=.3, contrast=.25, noise=.01)
     save_grid(ROOT / "results/toys.png", {name: calm["images"][calm["labels"] == i][:12]
                                           for i, name in enumerate(CLASSES)})
-    for name, picture in dict(mae="reconstructions", rotnet="attention", simclr="neighbours").items():
-        shutil.copy(ROOT / f"runs/{name}-toys-seed0/{picture}.png", ROOT / f"results/{name}.png")
+    for name, picture in dict(mae="toys-seed0/reconstructions", rotnet="toys-seed0/attention",
+                              simclr="toys-seed0/neighbours",
+                              video_colorization="toys-objects=3-frames=6-n=4000-seed0/carried").items():
+        shutil.copy(ROOT / f"runs/{name}-{picture}.png", ROOT / f"results/{name}.png")
     for file in (ROOT / "results").glob("*.png"):                # 256 colours: a quarter of the bytes
         Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
 
