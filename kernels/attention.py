@@ -226,8 +226,10 @@ def attention(q, k, v, causal=False, padding=None, rows=None, scale=None, impl="
     PyTorch elsewhere; "reference" is plain autograd, the one with second derivatives.
     """
     kind = q.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        low = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return attention(q.to(low), k.to(low), v.to(low), causal, padding, rows, scale, impl)
     if not (q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape == (*k.shape[:2], q.shape[2], k.shape[3])
             and q.numel() and k.numel() and q.shape[3] <= 128 and q.dtype == k.dtype == v.dtype):
         got = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (q, k, v))
@@ -236,10 +238,8 @@ def attention(q, k, v, causal=False, padding=None, rows=None, scale=None, impl="
         raise ValueError(f"padding must be bool [B,M], got {padding.dtype} {list(padding.shape)}")
     if rows is not None and (rows.dtype, rows.ndim) != (torch.int64, 1):
         raise ValueError(f"rows must be int64 [R], got {rows.dtype} {list(rows.shape)}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    if impl not in ("auto", "triton", "reference"):
-        raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
+    if scale is not None and not scale > 0 or impl not in ("auto", "triton", "reference"):
+        raise ValueError(f'scale must be > 0, impl "auto", "triton" or "reference", got {scale}, {impl!r}')
     if impl == "triton" and kind not in DEVICES:
         why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')

@@ -113,6 +113,16 @@ def test_operators_without_kernel(dtype):
             three_way(*x, causal=True)
 
 
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_operators_without_kernel_stay_fp32_under_autocast(low):
+    x, f = qkv(17, 20, 5, dtype=low), partial(attention, rows=index([3, 0]))
+    with module._forward.set_kernel_enabled(DEVICE, enabled=False):
+        want = f(*x)
+        with torch.autocast(DEVICE, low):
+            for y in x, [z.float() for z in x]:
+                assert all(a.equal(b) for a, b in zip(f(*y), want, strict=True))
+
+
 @pytest.mark.parametrize("causal, part, scale", [(False, None, None), (True, None, .3), (False, .4, 2.)])
 def test_pytorch(causal, part, scale):
     """PyTorch's own operator, in float64. Its causal is aligned at the start, so N = M there."""
@@ -541,8 +551,8 @@ def test_wrong_shapes(shapes, impl):
     (dict(padding=shaped(5, dtype=torch.bool)), r"padding .*\[5\]"),
     (dict(rows=shaped(2, dtype=torch.int32)), r"rows must be int64 \[R\], got torch.int32 \[2\]"),
     (dict(rows=shaped(1, 2, dtype=torch.int64)), r"rows .*\[1, 2\]"),
-    (dict(scale=0.), "positive, got 0.0"), (dict(scale=-1.), "positive"), (dict(scale=math.nan), "positive"),
-    (dict(impl="cuda"), "'cuda'"),
+    (dict(scale=0.), "scale must be > 0.*got 0.0"), (dict(scale=-1.), "got -1.0"),
+    (dict(scale=math.nan), "got nan"), (dict(impl="cuda"), 'impl "auto", .*\'cuda\''),
 ])
 def test_errors(options, words):
     with pytest.raises(ValueError, match=words):
