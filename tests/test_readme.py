@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", README, re.S)
             for line in block.splitlines() if re.match(r"(python|torchrun|\./run\.sh)\b", line)]
-FILES = sorted((ROOT / "results").glob("*.jsonl"))
+FILES = sorted(f for f in (ROOT / "results").glob("*.jsonl") if not f.name.startswith("kernels-"))
 ROWS = [json.loads(line) for file in FILES for line in file.read_text().splitlines()]
 sys.path[:0] = [str(ROOT / "methods"), str(ROOT / "results")]
 
@@ -48,7 +48,8 @@ def test_there_are_commands_and_links_lead_somewhere():
 def test_tables_are_generated_from_the_committed_results():
     table = importlib.import_module("table")
     assert table.readme(README) == README
-    assert sorted(re.findall(r"<!-- results/(\S+) -->", README)) == [file.name for file in FILES]
+    files = sorted(file.name for file in (ROOT / "results").glob("*.jsonl"))
+    assert sorted(re.findall(r"<!-- results/(\S+) -->", README)) == files
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['method']}-{r['data']}-{r['seed']}")
@@ -61,7 +62,9 @@ def test_every_row_has_a_command_a_commit_and_a_machine(row):
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda r: f"{r['method']}-{r['data']}-{r['seed']}")
 def test_every_run_beats_its_own_untrained_encoder(row):
-    assert row["linear"] > row["untrained"]["linear"]
+    """But where the pretext has a shortcut, or nothing to learn: that is what these runs are for."""
+    if (row["method"], row["data"]) not in {("rotnet", "toys:sky"), ("rotnet", "toys:tilt=9")}:
+        assert row["linear"] > row["untrained"]["linear"]
 
 
 def test_run_sh_trains_and_names_what_there_is(tmp_path):
