@@ -213,9 +213,12 @@ def conditions():
         except (OSError, subprocess.CalledProcessError, IndexError):
             return ""
     import table
-    import triton
+    try:
+        from triton import __version__ as triton
+    except ImportError:                                          # as on a Mac
+        triton = "none"
     return dict(machine=torch.cuda.get_device_name() if GPU else table.machine(), torch=torch.__version__,
-                triton=triton.__version__, python=sys.version.split()[0],
+                triton=triton, python=sys.version.split()[0],
                 driver=GPU and first("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
                 commit=first("git", "describe", "--always", "--dirty"), date=time.strftime("%Y-%m-%d"),
                 command=" ".join(["python results/bench.py", *sys.argv[1:]]))
