@@ -1,6 +1,6 @@
 """How long the kernels take, beside plain PyTorch, torch.compile and what bounds them.
 
-    python results/bench.py                       every kernel, forward and backward, in 8 minutes on a GPU
+    python results/bench.py                       every kernel, forward and backward
     python results/bench.py contrastive sinkhorn  these files alone
     python results/table.py                       the README's tables, from what is committed
 
