@@ -1,4 +1,7 @@
-"""sRGB to CIE Lab and back, white point D65: L is what a grey picture shows, a and b are the colour."""
+"""sRGB to CIE Lab and back, white point D65: L is what a grey picture shows, a and b are the colour.
+
+The bins of a and b: Zhang, Isola, Efros. Colorful Image Colorization. ECCV 2016, arXiv 1603.08511.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -30,3 +33,15 @@ def lab_to_rgb(lab):
     t = torch.where(f > 6 / 29, f ** 3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
     x = mix(XYZ.inverse(), t).clamp(0, 1)
     return torch.where(x > .0031308, 1.055 * x.clamp(min=1e-8) ** (1 / 2.4) - .055, 12.92 * x)
+
+
+# For a = -90, -80, ..., 100: the first and last b, in steps of 10. The paper's list; no rule of the gamut gives it.
+B_RANGE = [(50, 90), (20, 90), (0, 90), (-20, 90), (-30, 100), (-40, 100), (-50, 100), (-50, 100), (-60, 100),
+           (-70, 100), (-80, 90), (-80, 90), (-90, 90), (-100, 90), (-100, 80), (-110, 80), (-110, 80),
+           (-110, 70), (-110, 70), (-90, 0)]
+
+
+def ab_bins():
+    """The 313 centres (a, b) of the squares of 10 x 10 into which colours are sorted, [313,2]."""
+    return torch.tensor([(10. * i - 90, float(b)) for i, (first, last) in enumerate(B_RANGE)
+                         for b in range(first, last + 1, 10)])

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kernels.colour import lab_to_rgb, rgb_to_lab
+from kernels.colour import ab_bins, lab_to_rgb, rgb_to_lab
 
 KNOWN = [((1, 1, 1), (100, 0, 0)), ((0, 0, 0), (0, 0, 0)), ((1, 0, 0), (53.24, 80.09, 67.20)),
          ((0, 1, 0), (87.73, -86.18, 83.18)), ((0, 0, 1), (32.30, 79.19, -107.86)),
@@ -26,3 +26,14 @@ def test_there_and_back():
 def test_colours_of_no_screen_are_clipped():
     x = lab_to_rgb(torch.tensor([50., 120, -120]).view(1, 3, 1, 1))
     assert x.isfinite().all() and x.min() >= 0 and x.max() <= 1
+
+
+def test_there_are_313_bins_about_their_known_mean():
+    """Each once, ten apart, and (15.69, 6.68) in the mean; every colour of a screen is near one."""
+    bins = ab_bins()
+    assert bins.shape == (313, 2) and len(bins.unique(dim=0)) == 313 and not (bins % 10).any()
+    assert torch.allclose(bins.mean(0), torch.tensor([15.69, 6.68]), atol=.005)
+    cube = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, 18)] * 3, indexing="ij")).view(1, 3, 18, -1)
+    ab = rgb_to_lab(cube)[0, 1:].flatten(1).T
+    nearest = torch.cdist(ab, bins).min(1)
+    assert nearest.values.max() < 15 and len(nearest.indices.unique()) > 200
