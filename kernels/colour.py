@@ -35,7 +35,7 @@ def lab_to_rgb(lab):
     return torch.where(x > .0031308, 1.055 * x.clamp(min=1e-8) ** (1 / 2.4) - .055, 12.92 * x)
 
 
-# For a = -90, -80, ..., 100: the first and last b, in steps of 10. The paper's list; no rule of the gamut gives it.
+# For a = -90, -80, ..., 100: the first and last b, in steps of 10. The paper's list, which no rule gives.
 B_RANGE = [(50, 90), (20, 90), (0, 90), (-20, 90), (-30, 100), (-40, 100), (-50, 100), (-50, 100), (-60, 100),
            (-70, 100), (-80, 90), (-80, 90), (-90, 90), (-100, 90), (-100, 80), (-110, 80), (-110, 80),
            (-110, 70), (-110, 70), (-90, 0)]
