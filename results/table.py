@@ -2,11 +2,12 @@
 
     python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2
     python results/table.py rotnet,simclr [--flags]          the same of these
+    python results/table.py variants-NAME:rotnet [--flags]   the same into that file, compared by command
     python results/table.py pictures         draw toys.png, copy the pictures of the runs with seed 0
     python results/table.py                  write the tables between the marks in README.md
 
 A line of results/<data>.jsonl is a run's result.json with its command, commit and machine; nothing else gets
-into a table. Its seconds do not where the machine was busy with more than the run.
+into a table. Its seconds do not where the run did not have the machine for itself.
 """
 import ast
 import json
@@ -39,9 +40,20 @@ def methods():
     return sorted(rows, key=lambda row: row[2])
 
 
-def mean(values):
+def mean(values, digits=1):
     values = list(values)
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if values[1:] else "")
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if values[1:] else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def source(file):
+    """Below each table of runs: seeds, machines, where the lines are."""
+    results, name = read(file), f"results/{file.name}"
+    seeds = ", ".join(map(str, sorted({r["seed"] for r in results})))
+    spread = ", mean ± standard deviation" if "," in seeds else " alone"
+    machines = " and ".join(dict.fromkeys(r["machine"] for r in results))
+    return (f"Seeds: {seeds}{spread}. {machines}, torch {results[0]['torch']};\n"
+            f"the command and the commit of each run are in [{name}]({name}).")
 
 
 def table(file):
@@ -53,20 +65,38 @@ def table(file):
         rows = [r for r in results if r["method"] == name]
         if not rows:
             continue
-        busy = any(r.get("busy") for r in rows)
-        seconds = "" if busy else f"{statistics.mean(r['seconds'] for r in rows):.0f}"
+        quiet = [r["seconds"] for r in rows if not r.get("busy")]
+        seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
         knn, linear = (mean(r[key] for r in rows) for key in ("knn", "linear"))
         before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
         lines.append(f"| [{title}](methods/{name}.py) | {year} | {idea} | {length} | {seconds} "
                      f"| {knn} | {linear} | {before} |")
-    one, name = results[0], f"results/{file.name}"
-    seeds = ", ".join(map(str, sorted({r["seed"] for r in results})))
-    spread = ", mean ± standard deviation" if "," in seeds else " alone"
-    pixels = f"k-NN {one['pixels']['knn']:.1f}, linear {one['pixels']['linear']:.1f}"
-    machines = " and ".join(dict.fromkeys(r["machine"] for r in results))
-    lines += [f"\nSeeds: {seeds}{spread}. Pixels, reduced to 16 x 16: {pixels}.", f"{machines}, "
-              f"torch {one['torch']}; the command and the commit of each run are in [{name}]({name})."]
+    pixels = results[0]["pixels"]
+    lines.append(f"\nPixels, reduced to 16 x 16: k-NN {pixels['knn']:.1f}, linear {pixels['linear']:.1f}.")
+    lines.append(source(file))
     return "\n".join(lines)
+
+
+def variants_table(file):
+    """Commands side by side, in the order of their first run, with what the method itself measures."""
+    groups = {}
+    for r in read(file):
+        groups.setdefault(re.sub(r" --seed \d+", "", r["command"]), []).append(r)
+    keys = [list(rows[0]) for rows in groups.values()]           # ..., untrained, the method's own, loss, ...
+    own = dict.fromkeys(k for ks in keys for k in ks[ks.index("untrained") + 1:ks.index("loss")]
+                        if k != "layers")
+    last = HEAD.splitlines()[0][2:-2].split(" | ")[-3:]          # k-NN, linear, untrained
+    head = ["command", "loss", *(k.replace("_", " ") for k in own), *last]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for command, rows in groups.items():
+        before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
+        cells = [f"`{command}`", mean((r["loss"] for r in rows), 3)]
+        for k in own:
+            digits = 1 if rows[0].get(k, 0) > 2 else 3           # percent, or a share or an error
+            cells.append(mean((r[k] for r in rows), digits) if k in rows[0] else "")
+        cells += [mean(r[k] for r in rows) for k in ("knn", "linear")]
+        lines.append(f"| {' | '.join([*cells, before])} |")
+    return "\n".join(lines + ["", source(file)])
 
 
 def kernel_table(file):
@@ -88,7 +118,8 @@ def kernel_table(file):
 def readme(text):
     """`text` with the table of each results file between its marks."""
     def fill(m):
-        return f"{m[1]}{(kernel_table if 'kernels-' in m[2] else table)(ROOT / m[2])}\n{m[3]}"
+        how = dict(kernels=kernel_table, variants=variants_table).get(m[2][8:].split("-")[0], table)
+        return f"{m[1]}{how(ROOT / m[2])}\n{m[3]}"
     return re.sub(r"(<!-- (results/[\w.=-]+\.jsonl) -->\n).*?(<!-- end -->)", fill, text, flags=re.S)
 
 
@@ -99,14 +130,17 @@ def machine():
 
 
 def run_all(names, flags):
-    """What has no line yet. The flags go to every method; the data among them names the file."""
+    """What has no line yet. The flags go to every method; the data among them names the file, or names[0]."""
     data = flags[flags.index("--data") + 1] if "--data" in flags else "toys"
-    file = ROOT / "results" / (re.sub(r"[^a-z0-9]+", "-", data.lower()) + ".jsonl")
+    place, _, first = names[0].rpartition(":")
+    file = ROOT / "results" / ((place or re.sub(r"[^a-z0-9]+", "-", data.lower())) + ".jsonl")
     for seed in (0, 1, 2):
-        for name in names:
-            if any((r["method"], r["seed"]) == (name, seed) for r in read(file)):
-                continue
+        for name in (first, *names[1:]):
             command = [f"methods/{name}.py", "--seed", str(seed), *flags]
+            line = " ".join(["python", *command])
+            if any((r["method"], r["seed"]) == (name, seed) and (r["command"] == line or not place)
+                   for r in read(file)):
+                continue
             print("python", *command, flush=True)
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
             folders = (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json")
@@ -115,10 +149,10 @@ def run_all(names, flags):
             commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
             code = "methods", "kernels", "common.py"
             changed = git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode
-            row |= dict(command=" ".join(["python", *command]), commit=commit + "-dirty" * bool(changed),
+            row |= dict(command=line, commit=commit + "-dirty" * bool(changed),
                         machine=machine())
-            if os.getloadavg()[1] > os.cpu_count() + 1:          # of the last five minutes
-                row["busy"] = True
+            if os.getloadavg()[1] > os.cpu_count() + 1 or "OMP_NUM_THREADS" in os.environ:
+                row["busy"] = True                               # five minutes' load, or fewer threads
             with open(file, "a") as f:
                 f.write(json.dumps(row) + "\n")
 
