@@ -513,12 +513,18 @@ class Run:
         self.print(f"resumed at step {self.first}")
 
     def probe_layers(self) -> dict:
-        """The probe of every layer's map, averaged to 2 x 2 cells."""
-        encoder, rows = Cells(self.method.encoder), {}
-        both = features(encoder, self.data.images), features(encoder, self.data.test_images)
-        for layer in zip(*(x.split(encoder.widths, 1) for x in both), strict=True):
-            rows[name := f"layer {len(rows) + 1}"] = row = probe(*layer, self.data)
-            self.print(f"{name}, 2 x 2 cells".ljust(27) + f"{row['knn']:12.1f} {row['linear']:13.1f}")
+        """The probe of every layer's map, averaged to 2 x 2 cells; the same before training beside it."""
+        def each(encoder):
+            cells = Cells(encoder)
+            both = features(cells, self.data.images), features(cells, self.data.test_images)
+            layers = zip(*(x.split(cells.widths, 1) for x in both), strict=True)
+            return [probe(*layer, self.data) for layer in layers]
+
+        pairs = zip(each(self.method.encoder), each(self.untrained), strict=True)
+        rows = {f"layer {i}": row | dict(untrained=before) for i, (row, before) in enumerate(pairs, 1)}
+        for name, row in rows.items():
+            self.print(f"{name}, 2 x 2 cells".ljust(27) + f"{row['knn']:12.1f} {row['linear']:13.1f}   "
+                       "untrained {knn:.1f} {linear:.1f}".format(**row["untrained"]))
         return rows
 
     def finish(self, layers: bool = False, **extra) -> dict:

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = """| method | year | idea | lines | seconds | k-NN, % | linear, % | untrained: k-NN, linear |
-|---|---|---|---|---|---|---|---|"""
+PROBES = ["k-NN, %", "linear, %", "untrained: k-NN, linear"]
+COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES, "linear by layer"]
 
 
 def read(file):
@@ -38,6 +38,10 @@ def methods():
         first = re.match(r"(.+?) \((\d{4})\): (.+)\.\n", ast.get_docstring(ast.parse(text)))
         rows.append((file.stem, first[1], int(first[2]), first[3], len(text.splitlines())))
     return sorted(rows, key=lambda row: row[2])
+
+
+def head(columns):
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
 def mean(values, digits=1):
@@ -56,9 +60,17 @@ def source(file):
             f"the command and the commit of each run are in [{name}]({name}).")
 
 
+def by_layer(rows):
+    """The linear probe of every layer, and before training; blank where they were not probed."""
+    layers = [r["layers"] for r in rows if "layers" in r and "untrained" in r["layers"]["layer 1"]]
+    now = {k: statistics.mean(x[k]["linear"] for x in layers) for k in (layers or [{}])[0]}
+    before = {k: statistics.mean(x[k]["untrained"]["linear"] for x in layers) for k in now}
+    return ", ".join(f"{now[k]:.0f} ({before[k]:.0f})" for k in now)
+
+
 def table(file):
     """The table of a results file: mean and standard deviation over the seeds."""
-    results, lines = read(file), [HEAD]
+    results, lines = read(file), head(COLUMNS)
     if not results:
         return "Not measured yet."
     for name, title, year, idea, length in methods():
@@ -70,7 +82,7 @@ def table(file):
         knn, linear = (mean(r[key] for r in rows) for key in ("knn", "linear"))
         before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
         lines.append(f"| [{title}](methods/{name}.py) | {year} | {idea} | {length} | {seconds} "
-                     f"| {knn} | {linear} | {before} |")
+                     f"| {knn} | {linear} | {before} | {by_layer(rows)} |")
     pixels = results[0]["pixels"]
     lines.append(f"\nPixels, reduced to 16 x 16: k-NN {pixels['knn']:.1f}, linear {pixels['linear']:.1f}.")
     lines.append(source(file))
@@ -85,9 +97,7 @@ def variants_table(file):
     keys = [list(rows[0]) for rows in groups.values()]           # ..., untrained, the method's own, loss, ...
     own = dict.fromkeys(k for ks in keys for k in ks[ks.index("untrained") + 1:ks.index("loss")]
                         if k != "layers")
-    last = HEAD.splitlines()[0][2:-2].split(" | ")[-3:]          # k-NN, linear, untrained
-    head = ["command", "loss", *(k.replace("_", " ") for k in own), *last]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = head(["command", "loss", *(k.replace("_", " ") for k in own), *PROBES])
     for command, rows in groups.items():
         before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
         cells = [f"`{command}`", mean((r["loss"] for r in rows), 3)]
@@ -102,7 +112,7 @@ def variants_table(file):
 def kernel_table(file):
     """What bench.py measured last: a line for each way to compute the same."""
     rows = list({(r["name"], r["shape"], r["way"]): r for r in read(file)}.values())
-    lines = ["| what | shape | how | ms (20 to 80 %) | of bound | extra MiB | images/s |", "|---" * 7 + "|"]
+    lines = head(["what", "shape", "how", "ms (20 to 80 %)", "of bound", "extra MiB", "images/s"])
     for r in rows:
         ms = f"{r['ms']:.3g} ({r['low']:.3g} to {r['high']:.3g})" if "ms" in r else r["error"]
         bound = f"{r['percent']:.0f} % of {r['of']}" if "percent" in r else ""

@@ -3,6 +3,7 @@ import errno
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -180,6 +181,17 @@ def test_a_finished_run_has_all_that_the_readme_promises(finished):
     assert lines[-1]["loss"] == pytest.approx(result["loss"], abs=1e-4) and "knn" in lines[-1]
     assert result["parameters"] == sum(v.numel() for k, v in read(folder / "encoder.pt").items()
                                        if "running" not in k and "num_batches" not in k)
+
+
+def test_layers_are_probed_before_and_after_training(tmp_path, capsys):
+    """Four steps change the layers, but not those of the copy from before, whatever the rate."""
+    one, other = (go(tmp_path / lr, "--lr", lr, method="rotnet")["layers"] for lr in ("1e-3", "3e-3"))
+    assert list(one) == ["layer 1", "layer 2", "layer 3"]
+    assert [r["untrained"] for r in one.values()] == [r["untrained"] for r in other.values()]
+    assert any(one[k]["knn"] != other[k]["knn"] or one[k]["linear"] != other[k]["linear"] for k in one)
+    row, printed = one["layer 2"], capsys.readouterr().out
+    assert re.search(rf"layer 2, 2 x 2 cells +{row['knn']:.1f} +{row['linear']:.1f} +untrained "
+                     rf"{row['untrained']['knn']:.1f} {row['untrained']['linear']:.1f}", printed)
 
 
 def test_who_forgets_resume_loses_nothing(folder, tmp_path):
