@@ -10,14 +10,15 @@ Zhang, Isola, Efros. Colorful Image Colorization. ECCV 2016, arXiv 1603.08511.
         '--a, b of one pixel in 4 x 4--> shares of the 5 nearest of 313 bins <---loss----'
                                          z [B,N,313], N = H/4 W/4; rare ones weigh more
 
-Good at: things that mostly have one colour; any colour pictures will do to train on. Not at: telling apart
-what only colour does, which the encoder never sees, or things of any colour: with --data toys:rho=0 only half
-of the gain is left. The last layer is not the best, so each is probed; the table's pixels have their colours.
+Good at: things that mostly have one colour; any colour pictures will do to train on. Not at: things of any
+colour, or telling apart what only colour does: the encoder never sees it, the pixels in the table do.
+The last layer is often not the best, so each is probed.
 
 Run      python methods/colorization.py
-         linear 37.2, 39.5 % on seeds 0, 1 (untrained 22.4, 24.4), k-NN 27.1, 28.7 (23.8, 24.8); TODO s
-         --loss l2: as good features (36.0, 32.0), but chroma 9, not 19 at T = .38, where the truth has 30
-         --data toys:rho=0: linear 27.9 (untrained 20.3), k-NN 22.4 (21.5); these two on seed 0 alone
+         linear 37.2, 39.5 % on seeds 0, 1 (untrained 22.4, 24.4), k-NN 27.1, 28.7 (23.8, 24.8); TODO s;
+         by the share of toys in the colours of their class, one seed: --data toys:rho=0 linear 27.9 (untrained
+         20.3), the default .6 37.2 (22.4), --data toys:rho=1 62.5 (24.2); --loss l2 36.0, but washed out:
+         chroma 9, and 19 at T = .38, where the truth has 30
 Differs  a ResNet that sees L three times over, not a dilated VGG; the head has one 3x3 convolution, not two;
          the prior is that of places in 4,000 images; the loss is a mean, not a sum; views are resized crops,
          the rate follows a cosine, weights do not start from k-means. As in the official code, grey pictures
