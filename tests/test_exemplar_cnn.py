@@ -220,6 +220,12 @@ def test_the_classifier_grows_with_the_data_and_the_metric_form_does_not():
         assert E.head_parameters(E.Config(), "triplet", n) == 129 * 128
 
 
+def test_found_counts_the_distorted_patches_that_lie_nearest_to_their_own_seed():
+    seeds = TOYS[:8] / 255
+    rows = torch.stack([seeds, .9 * seeds + .05, seeds.roll(1, 0), seeds], 1)    # own, another's, own
+    assert E.found(nn.Flatten(), rows) == pytest.approx(66.67)
+
+
 @pytest.mark.parametrize("flags, says", [(dict(loss="hinge"), "give classes or triplet"),
                                          (dict(patch=33), "give at most 32")])
 def test_wrong_flags_end_in_one_line(flags, says):
