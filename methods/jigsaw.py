@@ -64,7 +64,7 @@ PAPER = dict(data="folder:imagenet", image_size=256, encoder="resnet18", steps=3
 
 def distant_orders(k):                                           # -> [k,9]
     """Permutations of nine, the same in every run: each differs from the nearest of those before it in as
-    many places as can be; of such, it is the farthest from all. From no order at all to all of 9!."""
+    many places as can be; of several such, it is the farthest from all. The first is 0 to 8 as they are."""
     every = np.array(list(permutations(range(9))), np.uint8).T.copy()    # [9,362880]
     nearest, total, chosen = np.full(every.shape[1], 9, np.int32), np.zeros(every.shape[1], np.int32), [0]
     while len(chosen) < k:
@@ -82,15 +82,16 @@ def cut(x, p, fringe=None):                                      # [B,3,H,H] -> 
     """A tile from a random place in each cell of a 3 x 3 grid, its channels up to `fringe` pixels apart; from
     the middle where fringe is None."""
     c, n = x.shape[2] // 3, len(x)
-    room, fringe = c - p, fringe and min(fringe, c - p)
+    room = c - p
     at = torch.full((2, n, 9, 3), room // 2, device=x.device)    # row and column in the cell
     if fringe is not None:
-        at = torch.randint(room - fringe + 1, (2, n, 9, 1), device=x.device)
-        at = at + torch.randint(fringe + 1, (2, n, 9, 3), device=x.device)
+        fringe = min(fringe, room)
+        at = torch.randint(room - fringe + 1, (2, n, 9, 1), device=x.device)     # the tile's place, and
+        at = at + torch.randint(fringe + 1, (2, n, 9, 3), device=x.device)       # each of its channels'
     cells = rearrange(x[..., :3 * c, :3 * c], "b c (i h) (j w) -> b (i j) c h w", i=3, j=3)  # [B,9,3,c,c]
     windows = cells.unfold(3, p, 1).unfold(4, p, 1)              # [B,9,3,c-p+1,c-p+1,p,p], a view
-    i, j, k = (torch.arange(size, device=x.device) for size in (n, 9, 3))
-    return windows[i[:, None, None], j[:, None], k, at[0], at[1]]
+    image, cell, channel = (torch.arange(size, device=x.device) for size in (n, 9, 3))
+    return windows[image[:, None, None], cell[:, None], channel, at[0], at[1]]
 
 
 def equalise(p):                                                 # [...,p,p]: mean 0, deviation 1
@@ -150,6 +151,8 @@ class Jigsaw(nn.Module):
 
 def build(cfg):
     p = round((1 - cfg.gap) * (cfg.image_size // 3))
+    if p < 1 or not 1 < cfg.orders <= math.factorial(9):
+        common.fail(f"--gap must leave some of {cfg.image_size // 3} pixels, --orders be 2 to 362880")
     encoder, orders = make_encoder(replace(cfg, image_size=p)), distant_orders(cfg.orders)
     return Jigsaw(encoder, orders, p, cfg.fringe, cfg.equal, cfg.hidden, cfg.dropout)
 
@@ -190,7 +193,7 @@ def main(cfg):
         run.log(loss, h=method.h, accuracy=method.accuracy)
 
     rows, accuracy = puzzles(method, data.test_images[:1000])
-    common.save_grid(run.folder / "puzzles.png", rows, "puzzles of test images: five solved, five not")
+    common.save_grid(run.folder / "puzzles.png", rows, "puzzles of test images: solved ones, then others")
     return run.finish(layers=True, puzzles_right=accuracy)
 
 

@@ -99,6 +99,12 @@ def test_paper_tiles_have_64_pixels_of_85():
     assert (m.fc6[0].out_features, m.head[0].in_features, m.head[0].out_features) == (1024, 9216, 4096)
 
 
+@pytest.mark.parametrize("flags", (dict(gap=1.), dict(orders=1), dict(orders=362_881)))
+def test_impossible_puzzles_are_refused(flags):
+    with pytest.raises(SystemExit, match="--gap must leave some of 21 pixels, --orders be 2 to 362880"):
+        method(**flags)
+
+
 def test_equalise_takes_brightness_contrast_and_tint_away():
     p = torch.rand(4, 9, 3, 16, 16)
     gain, shift = torch.rand(2, 4, 9, 3, 1, 1) + 1
