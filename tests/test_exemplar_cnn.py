@@ -220,6 +220,15 @@ def test_the_classifier_grows_with_the_data_and_the_metric_form_does_not():
         assert E.head_parameters(E.Config(), "triplet", n) == 129 * 128
 
 
+def test_distances_keep_their_precision_under_autocast():
+    """In bf16, 1 - cosine would be a multiple of 1/256."""
+    z, k = torch.randn(8, 64), torch.arange(4).repeat(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = E.triplets(z.bfloat16(), k, .5)
+    exact, _ = E.triplets(z.bfloat16(), k, .5)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), abs=1e-6)
+
+
 def test_found_counts_the_distorted_patches_that_lie_nearest_to_their_own_seed():
     seeds = TOYS[:8] / 255
     rows = torch.stack([seeds, .9 * seeds + .05, seeds.roll(1, 0), seeds], 1)    # own, another's, own
