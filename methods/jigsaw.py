@@ -15,8 +15,8 @@ The orders lie as far apart as a greedy choice gets them: any two of the 64 diff
 
 Run      python methods/jigsaw.py
          seed 0, 10,000 toys: linear 51.7 % (untrained 26.1), k-NN 63.0 (29.0); of 1,000 test puzzles 77.9 %
-         right; 176 s on one core; TODO. After 150 steps on 4,000 toys 36 % are right, and 69 % where tiles
-         touch (--gap 0); with --no-equal nothing is learned so soon (4 %)
+         right; 176 s on one core; TODO. After 150 steps on 4,000 toys 36 % are right, 69 % where tiles touch
+         (--gap 0), 4 % with --no-equal
 Differs  the encoder is a ResNet, and fc6 and fc7 have BatchNorm; orders are chosen by their least distance,
          not their mean one; grey images, but no random projections of colours; the rate follows a cosine;
          probes see nine tiles, not a whole image, which the encoder has never seen.
