@@ -11,8 +11,8 @@ CVPR 2016, arXiv 1604.07379.
                '-------> discriminator: t or y? [B,1] <-- y                              (it sees no context)
 
 Good at: guessing what stands behind a hole; features of what belongs together. Not at: small errors, in which
-the smoothest continuation of the border (border_fill_mse) is as good; sharpness by L2 alone (--adversarial 0),
-which paints the mean of all that could be there. The encoder never sees a whole image in training. That costs
+the smoothest continuation of the border (border_fill_mse) is as good; sharpness by L2 alone (--adversarial
+0), which paints the mean of all that could be there. The encoder never sees a whole image in training. That costs
 little: BatchNorm's statistics taken anew on whole ones, after training on random regions, change the linear
 probe by .1 and k-NN by 1.5.
 
