@@ -12,9 +12,9 @@ CVPR 2016, arXiv 1604.07379.
 
 Good at: guessing what stands behind a hole; features of what belongs together. Not at: small errors, in which
 the smoothest continuation of the border (border_fill_mse) is as good; sharpness by L2 alone (--adversarial
-0), which paints the mean of all that could be there. The encoder never sees a whole image in training. That costs
-little: BatchNorm's statistics taken anew on whole ones, after training on random regions, change the linear
-probe by .1 and k-NN by 1.5.
+0), which paints the mean of all that could be there. The encoder never sees a whole image in training. That
+costs little: BatchNorm's statistics taken anew on whole ones, after training on random regions, change the
+linear probe by .1 and k-NN by 1.5.
 
 Run      python methods/context_encoder.py
          k-NN 28.9 % (untrained 21.1), linear 34.5 (27.8), layer 3 in 2 x 2 cells 41.8 (29.6), 40.9 (34.7);
