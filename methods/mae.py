@@ -57,9 +57,8 @@ def unpatchify(t, p, height):                                    # [B,N,P] -> [B
 
 def random_mask(b, n, ratio, device):
     """mask [B,N], True = hidden; keep [B,N'], the kept patches; restore [B,N], from shuffled to in order."""
-    order = torch.rand(b, n, device=device).argsort(1)           # [B,N]
+    order, n_keep = torch.rand(b, n, device=device).argsort(1), int(n * (1 - ratio))     # [B,N], N'
     restore = order.argsort(1)                                   # [B,N], patch i is at restore[i]
-    n_keep = int(n * (1 - ratio))
     return restore >= n_keep, order[:, :n_keep], restore
 
 

@@ -15,8 +15,11 @@ from torch import nn
 
 import common
 from kernels.encoders import create_encoder
+from methods.barlow_twins import BarlowTwins
 from methods.byol import BYOL
 from methods.simclr import SimCLR
+from methods.simsiam import SimSiam
+from methods.vicreg import VICReg
 
 ROOT = Path(__file__).parents[1]
 CLOSE = dict(rtol=1e-9, atol=1e-11)                         # float64
@@ -43,6 +46,24 @@ def byol():
     for p in method.teacher.parameters():                   # not equal to the student
         p.mul_(1.1)
     return method
+
+
+def simsiam():
+    torch.manual_seed(0)
+    return SimSiam(create_encoder("resnet_small", 8), dim=16, bottleneck=8).double()
+
+
+def barlow_twins():
+    torch.manual_seed(0)
+    return BarlowTwins(create_encoder("resnet_small", 8), hidden=16, dim=8, gather=common.gather).double()
+
+
+def vicreg():
+    torch.manual_seed(0)
+    return VICReg(create_encoder("resnet_small", 8), hidden=16, dim=8, gather=common.gather).double()
+
+
+METHODS = dict(simclr=simclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins, vicreg=vicreg)
 
 
 def norms():
@@ -104,7 +125,7 @@ def worker(rank, folder):
     rows = common.gather(z)
     together(rows).backward()
     out = dict(gather=dict(rows=rows.detach(), grad=z.grad), norms=norm_step(norms(), share),
-               simclr=step(simclr(), share), byol=step(byol(), share),
+               **{name: step(method(), share) for name, method in METHODS.items()},
                detached=step(simclr(detached), share), swapped=step(simclr(swapped), share))
     torch.save(out, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -162,9 +183,9 @@ def test_batch_norm_counts_its_batches(both):
     assert set(counts.values()) == {1}
 
 
-@pytest.mark.parametrize("name", ["simclr", "byol"])
+@pytest.mark.parametrize("name", METHODS)
 def test_two_processes_have_the_gradient_of_one(name, both):
-    whole = step(dict(simclr=simclr, byol=byol)[name](), slice(None))
+    whole = step(METHODS[name](), slice(None))
     assert sum(g.abs().max() > 1e-6 for g in whole["grads"].values()) > 10  # there is something to compare
     for found in (f[name] for f in both):
         close(found["grads"], whole["grads"])
@@ -172,7 +193,8 @@ def test_two_processes_have_the_gradient_of_one(name, both):
               {k: v for k, v in whole["buffers"].items() if "num_batches" not in k})
     losses = torch.stack([f[name]["loss"] for f in both])
     torch.testing.assert_close(losses.mean(), whole["loss"], **CLOSE)
-    assert name != "simclr" or losses[0] == losses[1]       # the same loss of all rows on both
+    if name in ("simclr", "barlow_twins", "vicreg"):
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-14, atol=0)    # of all rows, on both
 
 
 @pytest.mark.parametrize("mistake", ["detached", "swapped"])
