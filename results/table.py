@@ -1,6 +1,6 @@
 """Runs every method and writes the README's tables from what was measured.
 
-    python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2
+    python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2, or --seed K
     python results/table.py rotnet,simclr [--flags]          the same of these
     python results/table.py variants-NAME:rotnet [--flags]   the same into that file, compared by command
     python results/table.py pictures         draw toys.png, copy the pictures of the runs with seed 0
@@ -144,11 +144,13 @@ def run_all(names, flags):
     data = flags[flags.index("--data") + 1] if "--data" in flags else "toys"
     place, _, first = names[0].rpartition(":")
     file = ROOT / "results" / ((place or re.sub(r"[^a-z0-9]+", "-", data.lower())) + ".jsonl")
-    for seed in (0, 1, 2):
+    at = flags.index("--seed") if "--seed" in flags else len(flags)
+    seeds, flags = flags[at + 1:at + 2] or ["0", "1", "2"], flags[:at] + flags[at + 2:]
+    for seed in seeds:
         for name in (first, *names[1:]):
-            command = [f"methods/{name}.py", "--seed", str(seed), *flags]
+            command = [f"methods/{name}.py", "--seed", seed, *flags]
             line = " ".join(["python", *command])
-            if any((r["method"], r["seed"]) == (name, seed) and (r["command"] == line or not place)
+            if any((r["method"], r["seed"]) == (name, int(seed)) and (r["command"] == line or not place)
                    for r in read(file)):
                 continue
             print("python", *command, flush=True)
