@@ -3,7 +3,7 @@
     python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2, or --seed K
     python results/table.py rotnet,simclr [--flags]          the same of these
     python results/table.py variants-NAME:rotnet [--flags]   the same into that file, compared by command
-    python results/table.py pictures         draw toys.png, copy the pictures of the runs with seed 0
+    python results/table.py pictures         draw toys.png, copy what the runs with seed 0 have drawn
     python results/table.py                  write the tables between the marks in README.md
 
 A line of results/<data>.jsonl is a run's result.json with its command, commit and machine; nothing else gets
@@ -24,6 +24,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PROBES = ["k-NN, %", "linear, %", "untrained: k-NN, linear"]
 COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES, "linear by layer"]
+
+PICTURES = dict(
+    mae="toys-seed0/reconstructions", rotnet="toys-seed0/attention", simclr="toys-seed0/neighbours",
+    video_colorization="toys-objects=3-frames=6-n=4000-seed0/carried", exemplar_cnn="toys-seed0/distortions",
+    context_prediction="toys-n=10000-seed0/alike", jigsaw="toys-n=8000-seed0/puzzles",
+    colorization="toys-seed0/colours", split_brain="toys-seed0/told", context_encoder="toys-seed0/painted")
 
 
 def read(file):
@@ -178,10 +184,9 @@ def pictures():
     calm = toys(400, seed=5, size=64, small=.3, contrast=.25, noise=.01)
     save_grid(ROOT / "results/toys.png", {name: calm["images"][calm["labels"] == i][:12]
                                           for i, name in enumerate(CLASSES)})
-    for name, picture in dict(mae="toys-seed0/reconstructions", rotnet="toys-seed0/attention",
-                              simclr="toys-seed0/neighbours",
-                              video_colorization="toys-objects=3-frames=6-n=4000-seed0/carried").items():
-        shutil.copy(ROOT / f"runs/{name}-{picture}.png", ROOT / f"results/{name}.png")
+    for name, picture in PICTURES.items():
+        if (file := ROOT / f"runs/{name}-{picture}.png").exists():
+            shutil.copy(file, ROOT / f"results/{name}.png")
     for file in (ROOT / "results").glob("*.png"):                # 256 colours: a quarter of the bytes
         Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
 
