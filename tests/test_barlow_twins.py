@@ -1,8 +1,7 @@
 """Barlow Twins: the loss against values known by hand, and what it cannot be."""
 import pytest
 import torch
-from running import load, train
-from test_methods import Lookup
+from running import Lookup, load, train
 from torch import nn
 
 barlow = load("barlow_twins")

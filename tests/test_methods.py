@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from running import METHODS, load, train
+from running import METHODS, Lookup, load, train
 from torch import nn
 
 
@@ -73,16 +73,6 @@ def test_supervised_starts_at_ln_classes_and_refuses_other_classes(tmp_path):
 
 
 # ---- simclr
-
-class Lookup(nn.Module):
-    """An encoder that returns what stands in the image's first pixels."""
-    def __init__(self, dim):
-        super().__init__()
-        self.dim, self.p = dim, nn.Parameter(torch.zeros(()))
-
-    def forward(self, x):
-        return x.flatten(1)[:, :self.dim] + self.p
-
 
 def test_simclr_value_before_training():
     """Isotropic z: ln(2N-1) + 1/(2 D tau^2), here 6.254 for N=256, D=128, tau=.5."""

@@ -1,8 +1,7 @@
 """SimSiam: its loss, its stop-gradient, and the collapse without it."""
 import pytest
 import torch
-from running import load, train
-from test_methods import Lookup
+from running import Lookup, load, train
 from torch import nn
 
 simsiam = load("simsiam")

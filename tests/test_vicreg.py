@@ -1,8 +1,7 @@
 """VICReg: the three terms against values known by hand."""
 import pytest
 import torch
-from running import load
-from test_methods import Lookup
+from running import Lookup, load
 from torch import nn
 
 vicreg = load("vicreg")
