@@ -96,9 +96,12 @@ def table(file):
 
 
 def variants_table(file):
-    """Commands side by side, in the order of their first run, with what the method itself measures."""
-    groups = {}
-    for r in read(file):
+    """Commands side by side, with what the method itself measures. First each method as it is."""
+    groups, results = {}, read(file)
+    if not results:
+        return "Not measured yet."
+    names = {r["method"] for r in results}
+    for r in [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + results:
         groups.setdefault(re.sub(r" --seed \d+", "", r["command"]), []).append(r)
     keys = [list(rows[0]) for rows in groups.values()]           # ..., untrained, the method's own, loss, ...
     own = dict.fromkeys(k for ks in keys for k in ks[ks.index("untrained") + 1:ks.index("loss")]
