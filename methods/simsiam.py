@@ -1,6 +1,6 @@
 """SimSiam (2021): predict the other view, through a stop-gradient.
 
-Predict from one view what the same network says of another view, which is not told by what error.
+Predict from one view what the same network says of another; no gradient flows into what is predicted.
 
 Chen, He. Exploring Simple Siamese Representation Learning. CVPR 2021, arXiv 2011.10566.
 
