@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,8 +21,8 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PROBES = ["k-NN, %", "linear, %", "untrained: k-NN, linear"]
-COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES, "linear by layer"]
+PROBES = ["k-NN, %", "linear, %", "untrained: k-NN, linear", "linear by layer"]
+COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES]
 
 PICTURES = dict(
     mae="toys-seed0/reconstructions", rotnet="toys-seed0/attention", simclr="toys-seed0/neighbours",
@@ -103,9 +102,11 @@ def variants_table(file):
     names = {r["method"] for r in results}
     for r in [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + results:
         groups.setdefault(re.sub(r" --seed \d+", "", r["command"]), []).append(r)
-    keys = [list(rows[0]) for rows in groups.values()]           # ..., untrained, the method's own, loss, ...
-    own = dict.fromkeys(k for ks in keys for k in ks[ks.index("untrained") + 1:ks.index("loss")]
-                        if k != "layers")
+    own = {}                                                     # in a row: ..., untrained, own, loss, ...
+    for one in (list(rows[0].items()) for rows in groups.values()):
+        names = [k for k, _ in one]
+        own |= {k: 0 for k, value in one[names.index("untrained") + 1:names.index("loss")]
+                if isinstance(value, float)}
     lines = head(["command", "loss", *(k.replace("_", " ") for k in own), *PROBES])
     for command, rows in groups.items():
         before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
@@ -114,7 +115,7 @@ def variants_table(file):
             digits = 1 if rows[0].get(k, 0) > 2 else 3           # percent, or a share or an error
             cells.append(mean((r[k] for r in rows), digits) if k in rows[0] else "")
         cells += [mean(r[k] for r in rows) for k in ("knn", "linear")]
-        lines.append(f"| {' | '.join([*cells, before])} |")
+        lines.append(f"| {' | '.join([*cells, before, by_layer(rows)])} |")
     return "\n".join(lines + ["", source(file)])
 
 
@@ -187,11 +188,10 @@ def pictures():
     calm = toys(400, seed=5, size=64, small=.3, contrast=.25, noise=.01)
     save_grid(ROOT / "results/toys.png", {name: calm["images"][calm["labels"] == i][:12]
                                           for i, name in enumerate(CLASSES)})
+    Image.open(ROOT / "results/toys.png").convert("RGB").quantize(256).save(ROOT / "results/toys.png")
     for name, picture in PICTURES.items():
         if (file := ROOT / f"runs/{name}-{picture}.png").exists():
-            shutil.copy(file, ROOT / f"results/{name}.png")
-    for file in (ROOT / "results").glob("*.png"):                # 256 colours: a quarter of the bytes
-        Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)
+            Image.open(file).convert("RGB").save(ROOT / f"results/{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
