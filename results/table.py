@@ -42,7 +42,7 @@ def methods():
         text = file.read_text()
         first = re.match(r"(.+?) \((\d{4})\): (.+)\.\n", ast.get_docstring(ast.parse(text)))
         rows.append((file.stem, first[1], int(first[2]), first[3], len(text.splitlines())))
-    return sorted(rows, key=lambda row: row[2])
+    return sorted(rows, key=lambda row: (row[2], row[1]))
 
 
 def head(columns):
