@@ -13,7 +13,8 @@ views, or data where something trivial tells what is up (--data toys:sky has suc
 Often a middle layer is the best one, so each is probed.
 
 Run      python methods/rotnet.py
-         linear 61.1 ± 0.6 % (untrained 27.2; each seed at least +33), k-NN 53.9 ± 2.5 (21.9); 61 s on 2 cores
+         linear 61.3 ± 1.9 % (untrained 27.2; each seed at least +32), k-NN 54.7 ± 1.6 (21.9), layer 2 in
+         2 x 2 cells linear 70.1 (37.9); 78 % of the test images turned right; 80 s on 2 cores
 Differs  the encoder is a ResNet, not a Network-in-Network; views are resized crops, not padded ones; the rate
          follows a cosine, not steps; layers are probed as they are, not by another convolutional block.
 """
