@@ -12,7 +12,7 @@ Zhang, Isola, Efros. Colorful Image Colorization. ECCV 2016, arXiv 1603.08511.
 
 Good at: things that mostly have one colour; any colour pictures will do to train on. Not at: things of any
 colour, or telling apart what only colour does: the encoder never sees it, the pixels in the table do.
-The last layer is often not the best, so each is probed.
+A middle layer may be the best, so each is probed.
 
 Run      python methods/colorization.py
          linear 37.7 ± 1.6 % (untrained 23.1; each seed at least +14), k-NN 27.1 ± 1.4 (23.9), layer 2 in

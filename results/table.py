@@ -112,7 +112,7 @@ def variants_table(file):
         before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
         cells = [f"`{command}`", mean((r["loss"] for r in rows), 3)]
         for k in own:
-            digits = 1 if rows[0].get(k, 0) > 2 else 3           # percent, or a share or an error
+            digits = next(d for d, above in ((1, 10), (2, 2), (3, -1)) if rows[0].get(k, 0) > above)
             cells.append(mean((r[k] for r in rows), digits) if k in rows[0] else "")
         cells += [mean(r[k] for r in rows) for k in ("knn", "linear")]
         lines.append(f"| {' | '.join([*cells, before, by_layer(rows)])} |")
