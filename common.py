@@ -449,7 +449,7 @@ class Run:
 
     def log(self, loss: Tensor, **parts):
         """Fifty times a run: a line to log.jsonl and the bar, six times with the k-NN accuracy of a sample.
-        Parts are numbers, or features [B,D] to watch for collapse."""
+        Parts are numbers, or features [B,D]. Warns of a collapse, and of a loss that sits on a reference."""
         every, last, data = max(1, self.total // 50), self.step + 1 == self.total, self.data
         if rank() or self.step % every and not last:
             return
@@ -465,10 +465,13 @@ class Run:
             line["knn"] = percent(knn(bank, data.labels[:2000], queries), data.test_labels[:500])
         self.lines.append(json.dumps({k: round(v, 5) for k, v in line.items()}))
         self.write(self.log_file, lambda f: f.write("\n".join([*self.lines, ""]).encode()))
-        for name in line.keys() - self.warned if self.step > self.total / 10 else ():
-            if line[name] < dict(std=.05, rank=2.).get(name.rpartition("_")[2], -math.inf):
-                self.warned.add(name)
-                self.print(f"WARNING, step {self.step}: {name} is {line[name]:.3g}, the features collapse")
+        alarms = {k: f"{k} is {v:.3g}, a collapse" for k, v in line.items() if self.step > self.total / 10
+                  and v < dict(std=.05, rank=2., perplexity=2.).get(k.rpartition("_")[2], -math.inf)}
+        alarms |= {k: f"the loss sits on {k} = {v:.3f}" for k, v in self.reference.items()
+                   if self.step > self.total / 2 and abs(line["loss"] - v) < .01 * (abs(v) or 1)}
+        for name in alarms.keys() - self.warned:
+            self.warned.add(name)
+            self.print(f"WARNING, step {self.step}: {alarms[name]}")
         self.last |= line
         shown = {k: v for k, v in (self.reference | self.last).items() if k not in ("step", "seconds")}
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)

@@ -1,6 +1,7 @@
 """What a run leaves behind when it is killed, stopped, resumed, or started with a beginner's mistake."""
 import errno
 import json
+import math
 import os
 import pickle
 import re
@@ -343,3 +344,25 @@ def test_scenes_have_no_single_label_and_are_not_classified(tmp_path):
 
 def test_a_run_of_epochs_counts_them(tmp_path):
     assert go(tmp_path, "--epochs", ".5")["steps"] == 4     # half of 300 // 32 = 9, rounded to even
+
+
+@pytest.mark.parametrize("loss, parts, words", [
+    (1.39, {}, "the loss sits on ln 4 = 1.386"), (.005, {}, "the loss sits on independent = 0.000"),
+    (1.37, {}, None), (.02, {}, None), (2., dict(perplexity=1.9), "perplexity is 1.9, a collapse"),
+    (2., dict(z=torch.ones(9, 3)), "z_std is 0, a collapse"), (2., dict(perplexity=2.1), None)])
+def test_a_run_that_has_learned_nothing_is_named(loss, parts, words, tmp_path, capsys):
+    """In its second half by the loss, after a tenth by the monitors; once each."""
+    cfg = common.Config(data="toys:n=100", image_size=16, batch_size=50, steps=20, out=str(tmp_path))
+    run, data, method = common.Run(cfg, __file__), common.load_data(cfg), torch.nn.Module()
+    method.encoder = common.make_encoder(cfg)
+    run.start(method, data, {"ln 4": math.log(4), "independent": 0.})
+    said = {}
+    for step, _ in run.steps(100):
+        run.log(torch.tensor(loss), **parts)
+        said[step] = capsys.readouterr().out
+    first = next((step for step, text in said.items() if "WARNING" in text), None)
+    if words is None:
+        assert first is None
+    else:
+        assert first == (11 if "sits" in words else 3) and words in said[first]
+        assert sum(text.count(words) for text in said.values()) == 1
