@@ -19,7 +19,8 @@ Differs  pixels are normalised by mean and deviation; crops are resized bilinear
 """
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ class Config(common.Config):
     crop: float = .2               # smallest share of the image's area in a view
     color: float = .5              # strength s of the colour jitter (.8s, .8s, .8s, .2s)
     blur: float = 0.               # probability of a Gaussian blur, for images of 64 px and more
+    only: str = ""                 # view 1 has only these of crop,flip,color,grey,blur,solarise; view 2 none
+    matrix: bool = False           # a run for each pair of them, as one picture (Figure 5)
 
 
 # Official code: rate .3 x B/256, warm-up 10 epochs; its loss is twice the mean of Eq. 1 that is used here.
@@ -69,11 +72,43 @@ class SimCLR(nn.Module):
         return nt_xent(z, self.tau)
 
 
+NONE = dict(scale=None, flip=0., p_jitter=0., grey=0., blur=0.)
+ONE = dict(crop=dict(scale=(.2, 1.)), flip=dict(flip=.5), color=dict(p_jitter=.8), grey=dict(grey=.5),
+           blur=dict(blur=.5), solarise=dict(solarise=.5))
+
+
+def only(names, options):
+    """Options of views() with the transformations that "crop,color" names, and no others."""
+    if unknown := set(names.split(",")) - set(ONE):
+        common.fail(f"--only {','.join(unknown)} is unknown: give some of {','.join(ONE)}")
+    return options | NONE | {k: v for name in names.split(",") for k, v in ONE[name].items()}
+
+
+def matrix(cfg):
+    """Figure 5: the linear probe where view 1 has transformations i and j, view 2 none. Last: averages."""
+    from matplotlib.figure import Figure
+    names, n = list(ONE), len(ONE)
+    a = torch.zeros(n, n + 1)
+    for i, j in combinations_with_replacement(range(n), 2):
+        pair = replace(cfg, matrix=False, only=f"{names[i]},{names[j]}", out=f"{cfg.out}/matrix/{i}{j}")
+        a[i, j] = a[j, i] = main(pair)["linear"]
+    a[:, n] = a[:, :n].mean(1)
+    figure = Figure((5.6, 4.4), layout="tight")
+    axis = figure.subplots()
+    axis.imshow(a.numpy())
+    for i, j in torch.cartesian_prod(torch.arange(n), torch.arange(n + 1)).tolist():
+        axis.text(j, i, f"{a[i, j]:.1f}", ha="center", va="center", color="wk"[int(a[i, j] > a.median())])
+    axis.set(xticks=range(n + 1), yticks=range(n), xticklabels=[*names, "average"], yticklabels=names)
+    figure.savefig(f"{cfg.out}/matrix.png", dpi=110)
+
+
 def build(cfg):
     return SimCLR(make_encoder(cfg), cfg.hidden, cfg.dim, cfg.tau, common.gather)
 
 
 def main(cfg):
+    if cfg.matrix:
+        return matrix(cfg)
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     method = build(cfg).to(run.device)
@@ -81,11 +116,12 @@ def main(cfg):
     model = run.start(method, data, {"ln(2B-1)": math.log(2 * cfg.batch_size - 1)}, optimizer)
     s = cfg.color
     options = dict(scale=(cfg.crop, 1.), jitter=(.8 * s, .8 * s, .8 * s, .2 * s), grey=.2, blur=cfg.blur)
+    one, two = (only(cfg.only, options), options | NONE) if cfg.only else (options, options)
 
     for step, index in run.steps(len(data.images)):
         x = data.images[index]                                   # [B,3,H,W] uint8
         set_lr(optimizer, cosine(step, run.total, cfg.lr, warmup=cfg.warmup))
-        v1, v2 = views(x, **options), views(x, **options)
+        v1, v2 = views(x, **one), views(x, **two)
         with run.autocast():
             loss = model(v1, v2)
         optimizer.zero_grad()
@@ -94,7 +130,7 @@ def main(cfg):
         run.log(loss, h=method.h, z=method.z)
 
     x = data.test_images[:10]
-    v1, v2 = (denormalise(views(x, **options)) for _ in range(2))
+    v1, v2 = (denormalise(views(x, **options)) for options in (one, two))
     common.save_grid(run.folder / "views.png", {"x": x, "v1": v1, "v2": v2})
     common.save_neighbours(run.folder / "neighbours.png", method.encoder, data)
     return run.finish()

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from running import METHODS, Lookup, load, train
 from torch import nn
 
+from kernels.views import normalise
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_step(name, tmp_path, monkeypatch):
@@ -92,6 +94,28 @@ def test_simclr_pairs_the_views_of_one_image():
     assert method(v, 2 * v).item() == pytest.approx(math.log(math.e + 6) - 1, abs=1e-5)
 
 
+def test_simclr_with_only_some_transformations():
+    """View 1 has them, view 2 is the image; a name that is none is refused."""
+    module, x = load("simclr"), torch.randint(256, (40, 3, 16, 16), dtype=torch.uint8)
+    options = dict(scale=(.2, 1.), jitter=(.4, .4, .4, .1), grey=.2, blur=0.)
+    assert torch.equal(module.views(x, **options | module.NONE), normalise(x))
+    flipped = module.views(x, **module.only("flip,flip", options))
+    same = (flipped == normalise(x)).flatten(1).all(1)
+    assert 0 < same.sum() < 40 and torch.equal(flipped[~same], normalise(x[~same].flip(3)))
+    both = module.only("crop,color", options)
+    assert (both["scale"], both["p_jitter"], both["flip"], both["grey"]) == ((.2, 1.), .8, 0., 0.)
+    with pytest.raises(SystemExit, match="--only sobel is unknown: give some of crop,flip,color"):
+        module.only("crop,sobel", options)
+
+
+def test_simclr_matrix_has_a_run_for_each_pair(tmp_path, monkeypatch):
+    module, pairs = load("simclr"), []
+    monkeypatch.setattr(module, "main", lambda cfg: pairs.append(cfg.only) or dict(linear=10. * len(pairs)))
+    module.matrix(module.Config(out=str(tmp_path), matrix=True))
+    assert len(pairs) == len(set(pairs)) == 6 * 7 // 2 and pairs[:2] == ["crop,crop", "crop,flip"]
+    assert (tmp_path / "matrix.png").stat().st_size > 10_000
+
+
 # ---- byol
 
 def test_byol_direction_is_the_squared_distance_of_unit_vectors():
@@ -118,6 +142,19 @@ def test_byol_teacher_is_an_average_of_weights_only():
         assert torch.allclose(t, .9 * old + .1 * s, atol=1e-7) and t.grad is None
     assert all(torch.equal(a, b) for a, b in zip(buffers, method.teacher.buffers(), strict=True))
     assert all(b.sum() > 0 for n, b in method.teacher.named_buffers() if n.endswith("num_batches_tracked"))
+
+
+@pytest.mark.parametrize("m, share", [("0", 0.), ("1", 1.)])
+def test_byol_with_the_momentum_0_or_1_has_that_to_the_end(m, share, tmp_path, monkeypatch):
+    """0: the teacher is the student; 1: it stays as it was drawn."""
+    method, _, log = train("byol", tmp_path, monkeypatch, "--steps", "3", "--m", m)
+    torch.manual_seed(0)
+    drawn = load("byol").build(load("byol").Config())
+    known = drawn if share else method
+    student = nn.Sequential(known.encoder, known.projector)
+    assert log["m"] == share
+    for t, s in zip(method.teacher.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(t, s)
 
 
 def test_byol_collapses_without_predictor_and_slow_teacher(tmp_path, monkeypatch, capsys):
