@@ -107,6 +107,7 @@ def variants_table(file):
         names = [k for k, _ in one]
         own |= {k: 0 for k, value in one[names.index("untrained") + 1:names.index("loss")]
                 if isinstance(value, float)}
+    own |= {k: 0 for k in ("z_std", "z_rank", "perplexity") if "collapse" in file.name}
     lines = head(["command", "loss", *(k.replace("_", " ") for k in own), *PROBES])
     for command, rows in groups.items():
         before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))

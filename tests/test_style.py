@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHODS = sorted((ROOT / "methods").glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
-ALL = METHODS + KERNELS + [ROOT / "common.py", ROOT / "results/table.py", *(ROOT / "tests").glob("*.py")]
+OTHERS = [ROOT / "common.py", *(ROOT / "results").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+ALL = METHODS + KERNELS + OTHERS
 ALLOWED = {"torch", "triton", "einops", "numpy", "pytest", "hypothesis", "PIL", "scipy", "tqdm", "matplotlib"}
 OWN = {"common", "kernels"}
 LOOP = [r"for step, index in run\.steps\(len\(data\.images\)\):", r"x(, y)? = data\.images\[index\]",
