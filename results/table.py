@@ -150,6 +150,14 @@ def machine():
     return f"{os.cpu_count()} cores of {names[0]}"
 
 
+def origin():
+    """The commit that is checked out, "-dirty" where the code differs from it, and the machine."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", "methods", "kernels", "common.py"]).returncode
+    return dict(commit=commit + "-dirty" * bool(changed), machine=machine())
+
+
 def run_all(names, flags):
     """What has no line yet. The flags go to every method; the data among them names the file, or names[0]."""
     data = flags[flags.index("--data") + 1] if "--data" in flags else "toys"
@@ -168,12 +176,7 @@ def run_all(names, flags):
             subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
             folders = (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json")
             row = json.loads(max(folders, key=lambda f: f.stat().st_mtime).read_text())
-            git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
-            commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-            code = "methods", "kernels", "common.py"
-            changed = git(["git", "diff", "--quiet", "HEAD", "--", *code]).returncode
-            row |= dict(command=line, commit=commit + "-dirty" * bool(changed),
-                        machine=machine())
+            row |= dict(command=line, **origin())
             if os.getloadavg()[1] > os.cpu_count() + 1 or "OMP_NUM_THREADS" in os.environ:
                 row["busy"] = True                               # five minutes' load, or fewer threads
             with open(file, "a") as f:
