@@ -102,7 +102,9 @@ def test_order_of_a_step(tmp_path, monkeypatch):
     for name in ("update_teacher", "forward", "enqueue"):
         spy(moco.MoCo, name)
     spy(torch.optim.AdamW, "step")
-    train("moco", tmp_path, monkeypatch, "--steps", "3", "--queue", "64", "--batch_size", "16")
+    flags = "--steps", "3", "--queue", "64", "--batch_size", "16"
+    _, _, log = train("moco", tmp_path, monkeypatch, *flags)
+    assert log["m"] == .99                                       # it does not rise, as in version 3
     assert calls == ["enqueue"] * 4 + ["update_teacher", "forward", "step", "enqueue"] * 3
     assert queues[0].unique(dim=0).shape == (64, 128)
 
@@ -111,8 +113,8 @@ def test_the_loss_starts_near_ln_of_the_keys(tmp_path, monkeypatch):
     """The queue is full of keys, which untrained are much alike; random rows would give .4. There are not
     more keys than images."""
     for version in ("1", "2"):
-        method, losses, log = train("moco", tmp_path, monkeypatch, "--steps", "1", "--version", version)
-        assert len(method.queue) == 64 and .85 < losses[0] / math.log(65) < 1.02 and log["m"] == .99
+        method, losses, _ = train("moco", tmp_path, monkeypatch, "--steps", "1", "--version", version)
+        assert len(method.queue) == 64 and .85 < losses[0] / math.log(65) < 1.02
 
 
 def test_teacher_is_an_average_of_weights_only():
