@@ -19,6 +19,8 @@ batch: hence groups with statistics of their own, among which the keys are shuff
 
 Run      python methods/moco.py
          three seeds are not measured yet
+         python methods/moco.py --version 3 --encoder vit_micro/8 --batch_size 64 --steps 600
+         three seeds are not measured yet
 Differs  the queue starts with keys in place of random rows, so that the loss starts near ln(K+1); v1 and v3
          have v2's views, v1 its rate; momentum is Nesterov's, biases and norms do not decay; a ViT's weights
          start otherwise; the quick run has AdamW, a short queue, a faster teacher and no blur.
@@ -47,9 +49,9 @@ class Config(common.Config):
     hidden: int = 512              # width of the hidden layers of projector and predictor
     dim: int = 128                 # width of q and k
     tau: float = .2                # temperature of the similarities
-    queue: int = 4096              # keys K in the queue
+    queue: int = 4096              # keys K in the queue, at most one for each image
     m: float = .99                 # momentum of the teacher; in version 3 it rises to 1 by a cosine
-    splits: int = 4                # groups with BatchNorm statistics of their own, as on as many GPUs
+    splits: int = 4                # groups with BatchNorm statistics of their own, as on GPUs; not in v3
     shuffle: bool = True           # shuffle the keys among the groups
     crop: float = .2               # smallest share of the image's area in a view
     blur: float = 0.               # probability of a Gaussian blur, for images of 64 px and more
