@@ -17,6 +17,7 @@ import common
 from kernels.encoders import create_encoder
 from methods.barlow_twins import BarlowTwins
 from methods.byol import BYOL
+from methods.instdisc import InstDisc
 from methods.simclr import SimCLR
 from methods.simsiam import SimSiam
 from methods.vicreg import VICReg
@@ -63,7 +64,13 @@ def vicreg():
     return VICReg(create_encoder("resnet_small", 8), hidden=16, dim=8, gather=common.gather).double()
 
 
-METHODS = dict(simclr=simclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins, vicreg=vicreg)
+def instdisc():
+    torch.manual_seed(0)
+    return InstDisc(create_encoder("resnet_small", 8), n=20, dim=8, gather=common.gather).double()
+
+
+METHODS = dict(simclr=simclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins, vicreg=vicreg,
+               instdisc=instdisc)
 
 
 def norms():
@@ -93,9 +100,13 @@ def swapped(z):
 
 def step(method, share):
     """Loss, gradients and buffers of one step on this share of the batch."""
-    model = common.distribute(method)
-    loss = model(*(images(seed)[share] for seed in (1, 2)))
+    model, inputs = common.distribute(method), [images(seed)[share] for seed in (1, 2)]
+    if isinstance(method, InstDisc):
+        inputs[1] = torch.tensor([3, 19, 0, 7, 8, 4, 11, 12])[share]        # which images these are
+    loss = model(*inputs)
     loss.backward()
+    if isinstance(method, InstDisc):
+        method.update_memory(inputs[1])
     grads = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     return dict(loss=loss.detach(), grads=grads, buffers=dict(method.named_buffers()))
 
