@@ -36,10 +36,11 @@ from kernels.views import views
 
 @dataclass
 class Config(common.Config):
-    steps: int = 1500              # optimisation steps
+    data: str = "toys:n=8000"      # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
+    steps: int = 1200              # optimisation steps
     dim: int = 128                 # width of z
-    tau: float = .1                # temperature of the similarities
-    negatives: int = 1024          # K noise rows an image for NCE; 0 = the exact softmax over all n rows
+    tau: float = .2                # temperature of the similarities
+    negatives: int = 0             # K noise rows an image for NCE; 0 = the exact softmax over all n rows
     keep: float = .5               # share t of the old feature in a memory row that is updated
     proximal: float = 0.           # weight lambda of the squared distance to the memory row
     crop: float = .2               # smallest share of the image's area in a view

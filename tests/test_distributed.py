@@ -18,6 +18,7 @@ from kernels.encoders import create_encoder
 from methods.barlow_twins import BarlowTwins
 from methods.byol import BYOL
 from methods.instdisc import InstDisc
+from methods.moco import MoCo
 from methods.simclr import SimCLR
 from methods.simsiam import SimSiam
 from methods.vicreg import VICReg
@@ -69,8 +70,21 @@ def instdisc():
     return InstDisc(create_encoder("resnet_small", 8), n=20, dim=8, gather=common.gather).double()
 
 
+def moco(version=2):
+    torch.manual_seed(0)
+    method = MoCo(create_encoder("resnet_small", 8), version, hidden=16, dim=8, queue=12, splits=2,
+                  shuffle=False, gather=common.gather).double()
+    for p in method.teacher.parameters():                   # not equal to the student
+        p.mul_(1.1)
+    return method
+
+
+def moco_v3():
+    return moco(3)
+
+
 METHODS = dict(simclr=simclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins, vicreg=vicreg,
-               instdisc=instdisc)
+               instdisc=instdisc, moco=moco, moco_v3=moco_v3)
 
 
 def norms():
@@ -204,7 +218,7 @@ def test_two_processes_have_the_gradient_of_one(name, both):
               {k: v for k, v in whole["buffers"].items() if "num_batches" not in k})
     losses = torch.stack([f[name]["loss"] for f in both])
     torch.testing.assert_close(losses.mean(), whole["loss"], **CLOSE)
-    if name in ("simclr", "barlow_twins", "vicreg"):
+    if name in ("simclr", "barlow_twins", "vicreg", "moco_v3"):
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-14, atol=0)    # of all rows, on both
 
 
