@@ -1,0 +1,165 @@
+"""BoWNet: its words, its targets, its two stages."""
+import math
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import Lookup, load, train
+
+bownet = load("bownet")
+
+
+class Maps(Lookup):
+    """An encoder whose last map but one is the image's first two channels."""
+    def layers(self, x):
+        return [x[:, :2] + self.p, x]
+
+
+def made(k=3, dim=12):
+    torch.manual_seed(0)
+    method = bownet.BoWNet(Maps(dim), 2, k)
+    method.words = torch.tensor([[0., 0.], [9., 0.], [0., 9.]])
+    return method
+
+
+def bag(x):
+    """Looked up place by place."""
+    words = [[0., 0.], [9., 0.], [0., 9.]]
+    y = torch.zeros(len(x), 3)
+    for b, image in enumerate(x[:, :2].flatten(2).tolist()):
+        for place in zip(*image, strict=True):
+            y[b, min(range(3), key=lambda k: math.dist(place, words[k]))] = 1
+    return y / y.sum(1, keepdim=True)
+
+
+def test_target_is_uniform_over_the_words_of_the_image():
+    """Every word has a logit of its own, so that the loss tells the target."""
+    method = made()
+    x = torch.tensor([[[[1., 2., 0.], [0., 0., 0.]], [[1., 1., -2.], [7., 0., -5.]], [[0.] * 3] * 2]])
+    assert bag(x).tolist()[0] == pytest.approx([1 / 2, 0, 1 / 2])        # places: 0 0 0 / 2 0 0
+    method.weight.data = torch.eye(3, 12)
+    v = torch.zeros(1, 3, 2, 2).view(1, 12)
+    v[0, :3] = torch.tensor([1., 2., 4.])
+    log_p = torch.tensor([1., 2., 4.]).log_softmax(0)
+    expected = -(log_p[0] + log_p[2]).item() / 2
+    assert method(x, v.view(1, 3, 2, 2)).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_k_means_ends_where_each_word_is_the_mean_of_its_vectors():
+    torch.manual_seed(0)
+    x = torch.randn(300, 4) + 20 * F.one_hot(torch.arange(300) % 4)
+    words = bownet.kmeans(x, 9, iterations=60)
+    word = torch.cdist(x, words).argmin(1)
+    means = torch.stack([x[word == k].mean(0) for k in range(9)])
+    assert torch.allclose(words, means, atol=1e-4) and word.unique().numel() == 9
+
+
+def test_k_means_moves_dead_words(monkeypatch):
+    """From four equal words three are nearest to nothing, until they start again elsewhere."""
+    torch.manual_seed(0)
+    randint, calls = torch.randint, iter(range(99))
+    monkeypatch.setattr(torch, "randint", lambda n, size: randint(n, size) * (next(calls) > 0))
+    x = torch.eye(4).repeat(25, 1)
+    words = bownet.kmeans(x, 4, iterations=40)
+    assert torch.equal(words.sort(0).values, torch.eye(4).sort(0).values) and words.isfinite().all()
+
+
+def test_word_weights_are_of_unit_length_and_gamma_is_the_scale():
+    method = made()
+    x, v = torch.rand(2, 5, 3, 2, 2) * 9
+    loss = method(x, v).item()
+    unit = F.normalize(method.weight.data, dim=1)
+    y = bag(x)
+    log_p = (v.flatten(1) @ unit.T).log_softmax(1)               # gamma starts at 1, h is v
+    assert loss == pytest.approx(-(y * log_p).sum(1).mean().item(), rel=1e-5)
+    method.weight.data *= torch.tensor([[2.], [3.], [5.]])
+    assert method(x, v).item() == pytest.approx(loss, rel=1e-5)
+    method.gamma.data.zero_()
+    assert method(x, v).item() == pytest.approx(math.log(3), abs=1e-6)
+
+
+def test_targets_are_of_the_clean_image_and_kl_is_what_is_lost():
+    method = made()
+    x, v = torch.rand(2, 5, 3, 2, 2) * 9
+    method(x, v)
+    perplexity, kl = method.perplexity, method.kl
+    loss = method(x, 0 * v)                                      # h = 0: all words alike
+    y = bag(x)
+    assert method.perplexity == perplexity and kl != method.kl
+    entropy = -torch.xlogy(y, y).sum(1).mean().item()
+    assert loss.item() == pytest.approx(math.log(3), abs=1e-6)
+    assert method.kl.item() == pytest.approx(math.log(3) - entropy, abs=1e-5)
+    method(torch.zeros_like(x), v)
+    assert method.perplexity.item() == pytest.approx(1)          # the same word everywhere
+
+
+def test_no_gradient_reaches_the_teacher():
+    method = made()
+    x, v = torch.rand(5, 3, 2, 2).requires_grad_(), torch.rand(5, 3, 2, 2).requires_grad_()
+    method(x, v).backward()
+    assert x.grad is None and v.grad.abs().sum() > 0
+    assert method.teacher.p.grad is None and not method.teacher.training and method.training
+
+
+def test_first_stage_trains_the_teacher_which_then_stands(tmp_path, monkeypatch):
+    """Twelve steps at --first .3 are 4 of rotation, and nothing of the teacher changes afterwards."""
+    stage, found, seen, optimizer = bownet.first_stage, [], [], bownet.make_optimizer
+    monkeypatch.setattr(bownet, "first_stage", lambda *a: found.extend(stage(*a)) or tuple(found))
+    monkeypatch.setattr(bownet, "make_optimizer", lambda *a: seen.append(optimizer(*a)) or seen[-1])
+    method, _, _ = train("bownet", tmp_path, monkeypatch, "--steps", "12", "--first", ".3", "--k", "16",
+                         images=16)
+    encoder, words = found
+    assert [int(next(iter(o.state.values()))["step"]) for o in seen] == [12, 4]
+    assert torch.equal(method.words, words) and words.shape == (16, 64) and words.unique(dim=0).shape[0] == 16
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(method.teacher.state_dict()[name], value), name
+        if name.endswith("conv1.weight"):
+            assert not torch.equal(method.encoder.state_dict()[name], value)
+    assert encoder.bn1.num_batches_tracked == 4 and method.encoder.bn1.num_batches_tracked == 12
+
+
+def test_first_stage_is_timed_and_not_repeated_by_a_resumed_run(tmp_path, monkeypatch):
+    def slow(cfg, run, images):
+        time.sleep(1)
+        return bownet.make_encoder(cfg), torch.rand(8, 64)
+
+    monkeypatch.setattr(bownet, "first_stage", slow)
+    steps = bownet.Run.steps
+
+    def stop(self, n):
+        for i, item in enumerate(steps(self, n)):
+            yield item
+            if i == 1:
+                self.save()
+                return
+
+    flags = "--steps", "4", "--k", "8"
+    monkeypatch.setattr(bownet.Run, "steps", stop)
+    method, losses, log = train("bownet", tmp_path, monkeypatch, *flags, images=16)
+    assert len(losses) == 2 and log["seconds"] > 1
+    monkeypatch.setattr(bownet.Run, "steps", steps)
+    monkeypatch.setattr(bownet, "first_stage", None)
+    again, losses, log = train("bownet", tmp_path, monkeypatch, *flags, "--resume", images=16)
+    assert len(losses) == 2 and torch.equal(again.words, method.words) and log["seconds"] > 1
+
+
+def test_sheets_show_the_places_nearest_to_the_words():
+    """Dark images with one light place, and the reverse: the rarer words are the odd places."""
+    class Teacher(Lookup):
+        def layers(self, x):
+            return [F.avg_pool2d(x, 4)[:, :1], x]                # brightness of cells of 4 x 4 pixels
+
+    images = torch.randint(0, 20, (24, 3, 20, 20), dtype=torch.uint8)
+    for i in range(24):
+        images[i, :, 4:8, 4 * (i % 3) + 4:4 * (i % 3) + 8] += 200
+    method = bownet.BoWNet(Teacher(4), 1, 3)
+    light, dark = bownet.normalise(images)[:, 0].flatten(1).max(), bownet.normalise(images)[:, 0].min()
+    method.words = torch.tensor([[light], [99.], [dark]])
+    rows = list(bownet.sheets(method, images, n=8).items())
+    assert [title for title, _ in rows] == ["word 2, 96.0%", "word 0, 4.0%", "word 1, 0.0%"]
+    patches = rows[1][1]                                         # 3 x 3 cells around the light one
+    known = [images[i, :, :12, 4 * (i % 3):4 * (i % 3) + 12] for i in range(24)]
+    assert patches.shape == (8, 3, 12, 12) and patches.dtype == torch.uint8
+    found = [[i for i in range(24) if torch.equal(known[i], p)] for p in patches]
+    assert all(len(f) == 1 for f in found) and len({f[0] for f in found}) == 8  # eight images
