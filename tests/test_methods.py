@@ -24,7 +24,9 @@ def test_one_step(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_thirty_steps_lower_the_loss_on_one_batch(name, tmp_path, monkeypatch):
-    _, losses, _ = train(name, tmp_path, monkeypatch, "--steps", "30")
+    """DINO's teacher and centre stand still for it; SwAV's loss can fall far with its paper's temperature."""
+    flags = dict(dino=["--m", "1", "--no-centering"], swav=["--tau", ".1"]).get(name, [])
+    _, losses, _ = train(name, tmp_path, monkeypatch, "--steps", "30", *flags)
     assert sum(losses[-5:]) < .97 * sum(losses[:5])
 
 
