@@ -105,12 +105,12 @@ def first_stage(cfg, run, images):                               # -> encoder, w
 
 
 def sheets(method, images, n=10):                                # [N,3,H,W] uint8 -> {word: [n,3,P,P]}
-    """Patches nearest to the n most used words, each of another image."""
+    """Patches nearest to n words, from the most used to the least, each of another image."""
     d = method.distances(normalise(images))                      # [N,h*w,K]
     rows, cell = {}, images.shape[2] // math.isqrt(d.shape[1])
     patches = F.unfold(images.float(), 3 * cell, padding=cell, stride=cell).byte()      # [N,3*P*P,h*w]
     share = d.argmin(2).flatten().bincount(minlength=d.shape[2]) / d[:, :, 0].numel()   # [K]
-    for k in share.argsort(descending=True)[:n].tolist():
+    for k in share.argsort(descending=True)[::math.ceil(len(share) / n)].tolist():
         nearest, place = d[:, :, k].min(1)                       # [N] each
         best = nearest.argsort()[:n]
         rows[f"word {k}, {share[k]:.1%}"] = patches[best, :, place[best]].view(-1, 3, 3 * cell, 3 * cell)
@@ -141,7 +141,7 @@ def main(cfg):
         optimizer.step()
         run.log(loss, h=method.h, kl=method.kl, perplexity=method.perplexity)
 
-    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "the most used words")
+    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words, from the most used")
     return run.finish()
 
 

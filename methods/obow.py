@@ -128,13 +128,13 @@ def build(cfg):
 
 
 def sheets(method, images, n=10):                                # [N,3,H,W] uint8 -> {word: [n,3,P,P]}
-    """Patches nearest to the n most used words, each of another image."""
+    """Patches nearest to n words, from the most used to the least, each of another image."""
     maps = method.teacher.eval().layers(normalise(images))[-2]   # [N,C,h,w]
     d = torch.cdist(maps.flatten(2).mT, method.levels[0].words)  # [N,h*w,K]
     rows, cell = {}, images.shape[2] // math.isqrt(d.shape[1])
     patches = F.unfold(images.float(), 3 * cell, padding=cell, stride=cell).byte()      # [N,3*P*P,h*w]
     share = d.argmin(2).flatten().bincount(minlength=d.shape[2]) / d[:, :, 0].numel()   # [K]
-    for k in share.argsort(descending=True)[:n].tolist():
+    for k in share.argsort(descending=True)[::math.ceil(len(share) / n)].tolist():
         nearest, place = d[:, :, k].min(1)                       # [N] each
         best = nearest.argsort()[:n]
         rows[f"word {k}, {share[k]:.1%}"] = patches[best, :, place[best]].view(-1, 3, 3 * cell, 3 * cell)
@@ -166,7 +166,7 @@ def main(cfg):
         method.enqueue()                                         # after the words have served
         run.log(loss, h=method.h, kl=method.kl, perplexity=method.perplexity, m=m)
 
-    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "the most used words")
+    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words, from the most used")
     return run.finish()
 
 
