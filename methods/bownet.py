@@ -141,7 +141,7 @@ def main(cfg):
         optimizer.step()
         run.log(loss, h=method.h, kl=method.kl, perplexity=method.perplexity)
 
-    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words, from the most used")
+    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words by use")
     return run.finish()
 
 

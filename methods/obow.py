@@ -166,7 +166,7 @@ def main(cfg):
         method.enqueue()                                         # after the words have served
         run.log(loss, h=method.h, kl=method.kl, perplexity=method.perplexity, m=m)
 
-    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words, from the most used")
+    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words by use")
     return run.finish()
 
 
