@@ -9,13 +9,13 @@ Cluster Assignments. NeurIPS 2020, arXiv 2006.09882.
      // codes q_1, q_2 [B,K] <--Sinkhorn-Knopp-- s_1, s_2 of the big <--+-- s_v [B,K] <-- prototypes <----'
                     '----- loss, for all v != i ----- softmax of s_v <--'
 
-Good at: image-level features and clusters, without negatives or a teacher; small views are cheap. Not at:
-batches smaller than the number of prototypes (for these there is --queue), clusters of unequal size.
+Good at: features and clusters without negatives or a teacher; small views are cheap. Not at: batches smaller
+than the number of prototypes (hence --queue); many-coloured grounds (--data toys), which become the clusters.
 
 Run      python methods/swav.py
          three seeds are not measured yet
 Differs  biases and norms have neither weight decay nor trust ratio; the rate rises from 0 and falls to 0; the
-         queue counts from when it is full; the quick run has AdamW, tau .25, larger small views and no blur.
+         queue counts from when it is full; the quick run has grey grounds, AdamW, tau .25 and no blur.
 """
 import math
 import sys
@@ -36,6 +36,7 @@ from kernels.views import views
 
 @dataclass
 class Config(common.Config):
+    data: str = "toys:grey"        # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
     steps: int = 500               # optimisation steps
     lr: float = 2e-3               # peak learning rate: linear warm-up, then half a cosine to 0
     hidden: int = 512              # width of the projector's hidden layer
@@ -50,7 +51,6 @@ class Config(common.Config):
     size_local: int = 16           # side of the small views in pixels
     crop: float = .5               # smallest share of the image's area in a big view, largest in a small one
     crop_local: float = .2         # smallest share of the image's area in a small view
-    color: float = 1.              # strength s of the colour jitter (.8s, .8s, .8s, .2s)
     blur: float = 0.               # probability of a Gaussian blur, for images of 64 px and more
 
 
@@ -121,8 +121,7 @@ def main(cfg):
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, method)
     model = run.start(method, data, {f"ln {cfg.prototypes}": math.log(cfg.prototypes)}, optimizer)
-    jitter = [cfg.color * strength for strength in (.8, .8, .8, .2)]
-    options = dict(scale=(cfg.crop, 1.), jitter=jitter, grey=.2, blur=cfg.blur)
+    options = dict(scale=(cfg.crop, 1.), jitter=(.8, .8, .8, .2), grey=.2, blur=cfg.blur)
     local = options | dict(size=cfg.size_local, scale=(cfg.crop_local, cfg.crop))
 
     for step, index in run.steps(len(data.images)):
