@@ -131,13 +131,12 @@ class DINO(nn.Module):
         for t, s in zip(teacher.parameters(), self.student.parameters(), strict=True):
             t.lerp_(s, 1 - m)                                    # theta_t <- m theta_t + (1-m) theta_s
         if self.centering:                                       # after its use, by raw outputs
-            mean = self.gather(self.t.float().mean(0, keepdim=True)).mean(0)     # [K], of all processes
+            mean = self.gather(self.t.to(self.center.dtype).mean(0, keepdim=True)).mean(0)       # [K], of all
             self.center.lerp_(mean, .1)                          # c <- .9 c + .1 mean
 
 
 def build(cfg):
-    return DINO(make_encoder(cfg), cfg.hidden, cfg.dim, cfg.k, cfg.tau_s, cfg.centering,
-                common.gather)
+    return DINO(make_encoder(cfg), cfg.hidden, cfg.dim, cfg.k, cfg.tau_s, cfg.centering, common.gather)
 
 
 def most(a, share=.6):                                           # attention [..,N] -> bool [..,N]

@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,15 +17,20 @@ from torch import nn
 import common
 from kernels.encoders import create_encoder
 from methods.barlow_twins import BarlowTwins
+from methods.bownet import BoWNet
 from methods.byol import BYOL
+from methods.dino import DINO
 from methods.instdisc import InstDisc
 from methods.moco import MoCo
+from methods.obow import OBoW
 from methods.simclr import SimCLR
 from methods.simsiam import SimSiam
+from methods.swav import SwAV
 from methods.vicreg import VICReg
 
 ROOT = Path(__file__).parents[1]
 CLOSE = dict(rtol=1e-9, atol=1e-11)                         # float64
+NOT_COMPARED = "num_batches|generator.1.running_var"        # the same K words on both count as 2K
 
 
 def rand(*shape, seed=0):
@@ -83,8 +89,57 @@ def moco_v3():
     return moco(3)
 
 
+def swav():
+    """With small views and a full queue; enqueue() is part of it, its order is that of the processes."""
+    def forward(v1, v2):
+        loss = SwAV.forward(method, v1, v2, v2[..., 4:, 4:], v1[..., :4, :4])
+        method.enqueue()
+        method.queue.copy_(method.queue.sort(1).values)
+        return loss
+    torch.manual_seed(0)
+    method = SwAV(create_encoder("resnet_small", 8), hidden=16, dim=8, prototypes=5, queue=12,
+                  gather=common.gather).double()
+    method.queue.copy_(nn.functional.normalize(rand(2, 12, 8), dim=2))
+    method.normalise_prototypes()
+    method.forward = forward
+    return method
+
+
+def dino():
+    """With a small crop; the teacher's move, and the centre's, come after the step."""
+    def forward(v1, v2):
+        return DINO.forward(method, v1, v2, v2[..., 4:, 4:])
+    torch.manual_seed(0)
+    method = DINO(create_encoder("resnet_small", 8), hidden=16, dim=8, k=5, gather=common.gather).double()
+    for p in method.head.parameters():                      # not equal to the student
+        p.mul_(1.1)
+    method.forward, method.after = forward, lambda: method.update_teacher(.9)
+    return method
+
+
+def bownet():
+    torch.manual_seed(0)
+    method = BoWNet(create_encoder("resnet_small", 8), 64, k=6).double()
+    method.words.copy_(rand(6, 64).abs())
+    return method
+
+
+def obow():
+    """Its maps have one place; enqueue() is part of it, its order is that of the processes."""
+    def forward(v1, v2):
+        loss = OBoW.forward(method, v1, v2)
+        method.enqueue()
+        for level in method.levels:
+            level.words.copy_(level.words.sort(0).values)
+        return loss
+    torch.manual_seed(0)
+    method = OBoW(create_encoder("resnet_small", 8), (64, 128), k=12, gather=common.gather).double()
+    method.forward = forward
+    return method
+
+
 METHODS = dict(simclr=simclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins, vicreg=vicreg,
-               instdisc=instdisc, moco=moco, moco_v3=moco_v3)
+               instdisc=instdisc, moco=moco, moco_v3=moco_v3, swav=swav, dino=dino, bownet=bownet, obow=obow)
 
 
 def norms():
@@ -121,6 +176,8 @@ def step(method, share):
     loss.backward()
     if isinstance(method, InstDisc):
         method.update_memory(inputs[1])
+    if isinstance(method, DINO):
+        method.after()
     grads = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     return dict(loss=loss.detach(), grads=grads, buffers=dict(method.named_buffers()))
 
@@ -214,11 +271,11 @@ def test_two_processes_have_the_gradient_of_one(name, both):
     assert sum(g.abs().max() > 1e-6 for g in whole["grads"].values()) > 10  # there is something to compare
     for found in (f[name] for f in both):
         close(found["grads"], whole["grads"])
-        close({k: v for k, v in found["buffers"].items() if "num_batches" not in k},
-              {k: v for k, v in whole["buffers"].items() if "num_batches" not in k})
+        close(*({k: v for k, v in one["buffers"].items() if not re.search(NOT_COMPARED, k)}
+                for one in (found, whole)))
     losses = torch.stack([f[name]["loss"] for f in both])
     torch.testing.assert_close(losses.mean(), whole["loss"], **CLOSE)
-    if name in ("simclr", "barlow_twins", "vicreg", "moco_v3"):
+    if name in ("simclr", "barlow_twins", "vicreg", "moco_v3", "swav"):
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-14, atol=0)    # of all rows, on both
 
 
