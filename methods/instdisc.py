@@ -14,9 +14,9 @@ Good at: showing that no label is needed to learn what images have in common. No
 image meets its own feature once an epoch, and the first epoch finds a random bank.
 
 Run      python methods/instdisc.py
-         three seeds are not measured yet
-Differs  momentum is Nesterov's; a cosine instead of two drops of the rate; the quick run has AdamW and mild
-         jitter. The proximal term is the paper's, without the official code: --proximal 0 is that code.
+         linear 35.8 ± 0.9 % (untrained 26.4; each seed at least +7), k-NN 26.2 ± 0.7 (20.2)
+Differs  momentum is Nesterov's; a cosine instead of two drops of the rate; mild jitter; the quick run has AdamW,
+         tau .2 and the exact softmax. --proximal, off, is the paper's term; the official code has none.
 """
 import math
 import sys
