@@ -30,7 +30,7 @@ PICTURES = dict(
     context_prediction="toys-n=10000-seed0/alike", jigsaw="toys-n=8000-seed0/puzzles",
     colorization="toys-seed0/colours", split_brain="toys-seed0/told", context_encoder="toys-seed0/painted",
     barlow_twins="toys-seed0/correlation", vicreg="toys-seed0/covariance", dino="toys-grey-seed0/attention",
-    swav="toys-grey-seed0/prototypes", bownet="toys-seed0/words", obow="toys-seed0/words")
+    swav="toys-grey-seed0/prototypes", bownet="toys-seed0/words")
 
 
 def read(file):
