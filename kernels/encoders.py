@@ -139,9 +139,12 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(m.weight, std=.02)
                 nn.init.zeros_(m.bias)
 
-    def embed(self, x):                                          # [B,3,H,W] -> patches with positions [B,N,D]
+    def embed(self, x, mask=None, mask_token=None):              # [B,3,H,W] -> patches with positions [B,N,D]
         x = self.patch_embed.proj(x)                             # [B,D,h,w]
-        return x.flatten(2).mT + resize_positions(self.pos_embed[:, 1:], *x.shape[2:])
+        tokens, (h, w) = x.flatten(2).mT, x.shape[2:]            # [B,N,D]
+        if mask is not None:                                     # bool [B,N]: these become mask_token [1,1,D]
+            tokens = torch.where(mask[..., None], mask_token.to(tokens.dtype), tokens)
+        return tokens + resize_positions(self.pos_embed[:, 1:], h, w)
 
     def prepend(self, tokens):                                   # [B,N,D] -> [CLS], registers, patches
         first = [self.cls_token + self.pos_embed[:, :1]] + ([self.reg_token] if self.prefix > 1 else [])
