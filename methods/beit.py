@@ -41,7 +41,7 @@ class Config(common.Config):
     encoder: str = "vit_micro"     # a ViT: vit_micro, vit_tiny, vit_small, vit_base, vit_large
     steps: int = 500               # optimisation steps of the second stage
     batch_size: int = 32           # images a step, all processes together
-    lr: float = 1.5e-3             # peak learning rate: linear warm-up, then half a cosine to 0
+    lr: float = 4e-3               # peak learning rate: linear warm-up, then half a cosine to 0
     weight_decay: float = .05      # on weights and tokens, not on biases and norms
     clip: float = 3.               # largest norm of the gradient
     first: float = 1.3             # steps of the first stage, the tokenizer, as a share of the second's
@@ -57,7 +57,8 @@ class Config(common.Config):
 
 # Official code for ViT-B, 800 epochs on ImageNet-1k: at most 75 of 196 patches hidden.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="vit_base/16", epochs=800, batch_size=2048,
-             warmup=.0125, k=8192, words_dim=128, beta=6.6, tau=1 / 16, ratio=75 / 196, least=16, crop=.08)
+             lr=1.5e-3, warmup=.0125, k=8192, words_dim=128, beta=6.6, tau=1 / 16, ratio=75 / 196, least=16,
+             crop=.08)
 
 
 def block_mask(side, budget, least, rng, aspect=.3):             # -> bool [side,side]
