@@ -1,7 +1,10 @@
-"""Two lessons of the lecture, as pictures with the numbers behind them.
+"""Lessons of the lecture, as pictures with the numbers behind them.
 
     python results/lessons.py matrix                  SimCLR's Figure 5, pairs of transformations
     python results/lessons.py batch_sizes [--seed K]  SimCLR and MoCo, 32 to 1,024 images a step; seeds 0 1 2
+    python results/lessons.py mask_ratio [--seed K]   MAE's Figure 5: what is hidden, 25 to 90 %
+    python results/lessons.py attmask [--seed K]      iBOT: what is hidden, on 5, 20 and 100 % of the images
+    python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
 Batch sizes: SimCLR's negatives are the rest of its batch, MoCo's are keys of earlier batches. Every run sees
 89,600 images; the rate goes with the square root of the batch size, as is usual with AdamW. What has been run
@@ -14,10 +17,11 @@ import statistics
 import subprocess
 import sys
 
-from table import ROOT, origin, read, run_all
+from table import ROOT, origin, read, run_all, run_one
 
 SIZES, IMAGES, RATE = (32, 64, 128, 256, 512, 1024), 89_600, 1e-3
 METHODS = dict(simclr="SimCLR", moco="MoCo v2")
+RATIOS = .25, .5, .75, .9
 
 
 def flags(size):
@@ -25,8 +29,15 @@ def flags(size):
     return ["--batch_size", str(size), "--steps", str(round(IMAGES / size)), "--lr", lr]
 
 
+def bars(axis, found, label):
+    """found: {x: values over the seeds}: mean and deviation."""
+    x, values = zip(*sorted(found.items()), strict=True)
+    spread = [statistics.stdev(v) if v[1:] else 0. for v in values]
+    axis.errorbar(x, list(map(statistics.mean, values)), spread, marker="o", capsize=3, label=label)
+
+
 def draw(rows, path):
-    """The linear probe over the batch size: mean and deviation over the seeds."""
+    """The linear probe over the batch size."""
     from matplotlib.figure import Figure
     figure = Figure((5, 3.2), layout="tight")
     axis = figure.subplots()
@@ -35,9 +46,7 @@ def draw(rows, path):
         for r in (r for r in rows if r["method"] == name):
             size = int(re.search(r"--batch_size (\d+)", r["command"])[1])
             found.setdefault(size, []).append(r["linear"])
-        sizes, values = zip(*sorted(found.items()), strict=True)
-        spread = [statistics.stdev(v) if v[1:] else 0. for v in values]
-        axis.errorbar(sizes, list(map(statistics.mean, values)), spread, marker="o", capsize=3, label=title)
+        bars(axis, found, title)
     axis.set_xscale("log", base=2)
     axis.set(xlabel="batch size", ylabel="linear probe, %", xticks=SIZES, xticklabels=SIZES)
     axis.legend()
@@ -48,6 +57,70 @@ def batch_sizes(seeds):
     for size in SIZES:
         run_all([f"variants-batch_sizes:{name}" for name in METHODS], flags(size) + seeds)
     draw(read(ROOT / "results/variants-batch_sizes.jsonl"), ROOT / "results/batch_sizes.png")
+
+
+def mask_ratio(seeds):
+    """Pre-train at each ratio, probe, fine-tune with a tenth of the labels; and the same from scratch."""
+    file, labels = ROOT / "results/variants-mask_ratio.jsonl", ["--labels", ".1"]
+    for seed in seeds[1:] or ["0", "1", "2"]:
+        done, end = [r["command"] for r in read(file)], ["--seed", seed]
+        scratch = ["methods/transfer.py", "--encoder", "vit_micro", *labels, *end]
+        if "python " + " ".join(scratch) not in done:
+            run_one(scratch, file, (ROOT / "runs").glob(f"transfer-toys-seed{seed}/result.json"))
+        for ratio in map(str, RATIOS):
+            run = ROOT / f"runs/mae-mask_ratio={ratio}"
+            train = ["methods/mae.py", "--mask_ratio", ratio, "--out", str(run.relative_to(ROOT)), *end]
+            tune = ["methods/transfer.py", "--run", f"{train[4]}/mae-toys-seed{seed}", *labels, *end]
+            for command, results in ((train, "mae-*"), (tune, "mae-*/transfer-*")):
+                if "python " + " ".join(command) not in done:
+                    run_one(command, file, run.glob(f"{results}-seed{seed}/result.json"))
+    draw_ratios(read(file), ROOT / "results/mask_ratio.png")
+
+
+def draw_ratios(rows, path):
+    """The linear probe after pre-training, the accuracy after fine-tuning, over the mask ratio."""
+    from matplotlib.figure import Figure
+    figure = Figure((5, 3.2), layout="tight")
+    axis = figure.subplots()
+    for name, key, label in (("transfer", "accuracy", "fine-tuned with 10 % of the labels"),
+                             ("mae", "linear", "linear probe with all labels")):
+        found = {}
+        for r in (r for r in rows if r["method"] == name and "mask_ratio=" in r["command"]):
+            found.setdefault(float(re.search(r"mask_ratio=([.\d]+)", r["command"])[1]), []).append(r[key])
+        bars(axis, found, label)
+    scratch = statistics.mean(r["accuracy"] for r in rows if "--encoder" in r["command"])
+    axis.axhline(scratch, color="grey", ls=":", label="from scratch with 10 % of the labels")
+    axis.set(xlabel="share of the patches that is hidden", ylabel="%", xticks=RATIOS)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def attmask(seeds):
+    for share in ("1", ".2", ".05"):
+        for mask in ("block", "random", "attmask_high", "attmask_low", "attmask_hint"):
+            run_all(["variants-attmask:ibot"], ["--mask", mask, "--share", share] + seeds)
+
+
+def inpainting():
+    """Test images as the context encoder and MAE see and paint them, both trained with seed 0."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+    import context_encoder
+    import mae
+    import torch
+
+    import common
+    from kernels.views import denormalise, normalise
+    x, methods = common.load_data(mae.Config()).test_images[:10], []
+    for module in (context_encoder, mae):
+        method = module.build(module.Config())
+        file = ROOT / f"runs/{module.__name__}-toys-seed0/checkpoint.pt"
+        method.load_state_dict(torch.load(file, weights_only=True)["model"])
+        methods.append(method)
+    v, mask = normalise(x), context_encoder.draw_masks(context_encoder.Config(), len(x))
+    filled, (seen, painted, _) = context_encoder.fills(methods[0], v, mask), mae.painted(methods[1], x, .75)
+    common.save_grid(ROOT / "results/inpainting.png", {
+        "Context Encoder sees": denormalise(filled["mean_colour"]), "paints": denormalise(filled["hole"]),
+        "MAE sees": seen, "MAE paints": painted, "x": x})
 
 
 def matrix():
@@ -63,9 +136,10 @@ def matrix():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["matrix"]:
-        matrix()
-    elif sys.argv[1:2] == ["batch_sizes"]:
-        batch_sizes(sys.argv[2:])
+    lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, attmask)}
+    if sys.argv[1:2] in (["matrix"], ["inpainting"]):
+        dict(matrix=matrix, inpainting=inpainting)[sys.argv[1]]()
+    elif sys.argv[1:] and sys.argv[1] in lessons:
+        lessons[sys.argv[1]](sys.argv[2:])
     else:
         print(__doc__)

@@ -174,15 +174,19 @@ def run_all(names, flags):
             if any((r["method"], r["seed"]) == (name, int(seed)) and (r["command"] == line or not place)
                    for r in read(file)):
                 continue
-            print("python", *command, flush=True)
-            subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-            folders = (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json")
-            row = json.loads(max(folders, key=lambda f: f.stat().st_mtime).read_text())
-            row |= dict(command=line, **origin())
-            if os.getloadavg()[1] > os.cpu_count() + 1 or "OMP_NUM_THREADS" in os.environ:
-                row["busy"] = True                               # five minutes' load, or fewer threads
-            with open(file, "a") as f:
-                f.write(json.dumps(row) + "\n")
+            run_one(command, file, (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json"))
+
+
+def run_one(command, file, results):
+    """Run it; the newest of the `results` that it may have written becomes a line of `file`."""
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    row = json.loads(max(results, key=lambda f: f.stat().st_mtime).read_text())
+    row |= dict(command=" ".join(["python", *command]), **origin())
+    if os.getloadavg()[1] > os.cpu_count() + 1 or "OMP_NUM_THREADS" in os.environ:
+        row["busy"] = True                                       # five minutes' load, or fewer threads
+    with open(file, "a") as f:
+        f.write(json.dumps(row) + "\n")
 
 
 def pictures():
