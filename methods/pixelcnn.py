@@ -1,7 +1,5 @@
 """PixelCNN (2016): predict each pixel from those before it.
 
-In reading order, and red, green, blue in each: a softmax over 256 values, and convolutions that are masked.
-
 van den Oord, Kalchbrenner, Kavukcuoglu. Pixel Recurrent Neural Networks. ICML 2016, arXiv 1601.06759: masks.
 van den Oord et al. Conditional Image Generation with PixelCNN Decoders. NIPS 2016, arXiv 1606.05328: gates,
 and two stacks v and h; a single one is blind to a part of what is above to the right.
@@ -9,7 +7,7 @@ and two stacks v and h; a single one is blind to a part of what is above to the 
     x [B,3,H,W] -+-> v: rows above, 7 x 7 -----> v: 3 x 3 ------> ...              encoder (kept)
                  |             | a row down           | a row down
                  +-> h: row to the left, A ----> h: mask B -----> ... [B,D,H,W] --head, B--> [B,256,3,H,W]
-                 '------ the values, 0 to 255, are the targets <--loss, bits per dimension-------'
+                 '------ the values 0 to 255, red, green, blue in order <--loss, bits per dimension-'
 
 Good at: exact likelihoods of small images. Not at: speed, a sample takes 3HW passes; nor features.
 
@@ -25,7 +23,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
@@ -36,6 +33,7 @@ from kernels.views import denormalise, normalise, views
 
 @dataclass
 class Config(common.Config):
+    data: str = "toys:noise=0"     # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
     image_size: int = 16           # side of the images in pixels
     encoder: str = "gated"         # gated layers, the only choice: see width, depth
     steps: int = 1200              # optimisation steps
@@ -89,35 +87,35 @@ class GatedLayer(nn.Module):
 class GatedStack(nn.Module):
     def __init__(self, width, depth, layer):
         super().__init__()
-        self.dim, self.layer = width, layer
+        self.dim, self.layer = 2 * width, layer
         self.blocks = nn.ModuleList(GatedLayer(width, width, 3) if i else GatedLayer(3, width, 7, "A")
                                     for i in range(depth))
 
-    def layers(self, x, depth=None):                             # [B,3,H,W] -> h of each layer, [B,D,H,W]
+    def layers(self, x, depth=None):                             # [B,3,H,W] -> v, h of each layer, [B,2D,H,W]
         v, h, maps = x, x, []
         for block in self.blocks[:depth]:
             v, h = block(v, h)
-            maps.append(h)
+            maps.append(torch.cat([v, h], 1))
         return maps
 
-    def forward(self, x):                                        # [B,3,H,W] -> [B,D]
+    def forward(self, x):                                        # [B,3,H,W] -> [B,2D]
         return self.layers(x, self.layer)[-1].mean((2, 3))
 
 
 class PixelCNN(nn.Module):
-    """encoder: has .dim, .layer and .layers(images): causal maps [B,dim,H,W], channel i of colour i % 3."""
+    """encoder: has .dim, .layer and .layers(images): maps [B,dim,H,W], their second half, h, is causal."""
 
     def __init__(self, encoder):
         super().__init__()
-        self.encoder, d = encoder, encoder.dim
+        self.encoder, d = encoder, encoder.dim // 2
         self.head = nn.Sequential(nn.ReLU(), RowConv(d, d), nn.ReLU(), RowConv(d, 3 * 256))
 
-    def logits(self, h):                                         # [B,D,H,W] -> [B,256,3,H,W]
-        return rearrange(self.head(h).float(), "b (k c) h w -> b k c h w", c=3)
+    def logits(self, last):                                      # [B,2D,H,W] -> [B,256,3,H,W]
+        return self.head(last.chunk(2, 1)[1]).float().unflatten(1, (256, 3))     # of h alone
 
     def forward(self, v):                                        # [B,3,H,W] -> loss, bits per dimension
-        maps = self.encoder.layers(v)                            # [B,D,H,W] each
-        self.h = maps[self.encoder.layer - 1].mean((2, 3))       # [B,D]
+        maps = self.encoder.layers(v)                            # [B,2D,H,W] each
+        self.h = maps[self.encoder.layer - 1].mean((2, 3))       # [B,2D]
         x = (255 * denormalise(v)).round().long()                # [B,3,H,W], 0 to 255
         return F.cross_entropy(self.logits(maps[-1]), x) / math.log(2)
 
@@ -127,21 +125,19 @@ def build(cfg):
 
 
 def histogram_bits(images, test_images):                         # uint8 [N,3,H,W] each -> bits per dimension
-    """A histogram of the training images at each place and colour, every value counted once more."""
     x, y = (t.flatten(1).long() for t in (images, test_images))  # [N,P], P = 3HW
-    place = torch.arange(x.shape[1], device=x.device)            # [P]
+    place = torch.arange(x.shape[1], device=x.device)            # [P], each with a histogram of its own
     counts = 1 + (256 * place + x).flatten().bincount(minlength=256 * len(place)).view(-1, 256)      # [P,256]
     return -(counts / counts.sum(1, keepdim=True)).log2()[place, y].mean().item()
 
 
 @torch.no_grad()
-def draw_rows(method, images, first=0):                          # uint8 [B,3,H,W] -> the same, drawn anew
-    """Value by value, from the first row on; those above are given."""
+def draw_rows(method, images, first=0):                          # uint8 [B,3,H,W], rows drawn from `first` on
     x = images.clone()
     for i in range(first, x.shape[2]):
         for j, c in ((j, c) for j in range(x.shape[3]) for c in range(3)):
-            h = method.encoder.layers(normalise(x[:, :, :i + 1]))[-1]    # [B,D,i+1,W]
-            logits = method.logits(h[:, :, i:, j:j + 1])[:, :, c, 0, 0]  # [B,256]
+            last = method.encoder.layers(normalise(x[:, :, :i + 1]))[-1]         # [B,2D,i+1,W]
+            logits = method.logits(last[:, :, i:, j:j + 1])[:, :, c, 0, 0]       # [B,256]
             x[:, c, i, j] = logits.softmax(1).multinomial(1)[:, 0].byte()
     return x
 
@@ -166,9 +162,9 @@ def main(cfg):
         run.log(loss, h=method.h)
 
     x, half = data.test_images[:8], data.test_images.shape[2] // 2
-    rows = {"real": x, "upper half": F.pad(x[:, :, :half], (0, 0, 0, x.shape[2] - half), value=128),
-            "completed": draw_rows(method, x, half), "all drawn": draw_rows(method, x)}
-    common.save_grid(run.folder / "samples.png", rows)
+    common.save_grid(run.folder / "samples.png", {
+        "real": x, "upper half": F.pad(x[:, :, :half], (0, 0, 0, x.shape[2] - half), value=128),
+        "completed": draw_rows(method, x, half), "all drawn": draw_rows(method, x)})
     with torch.no_grad():                                        # the last part may be smaller
         bits = sum(len(x) * method(normalise(x)).item() for x in data.test_images.split(100))
     return run.finish(bits=bits / len(data.test_images), bits_histogram=reference["histogram"])

@@ -83,7 +83,7 @@ def test_gate_and_residual():
 def test_features_are_the_mean_of_the_named_layer():
     method, x = small(layer=2), torch.randn(4, 3, 6, 6)
     maps = method.encoder.layers(x)
-    assert [tuple(a.shape) for a in maps] == 3 * [(4, 6, 6, 6)]
+    assert [tuple(a.shape) for a in maps] == 3 * [(4, 12, 6, 6)]
     assert torch.equal(method.encoder(x), maps[1].mean((2, 3)))
     method(x)
     assert torch.equal(method.h, maps[1].mean((2, 3)))
