@@ -16,6 +16,9 @@ def small(causal=True, k=7, size=4, width=12, depth=3, layer=2, hide=None):
     method = igpt.IGPT(igpt.GPT(k, size, width, depth, 2, layer, causal), k, hide or (1. if causal else .15))
     method.encoder.centres.copy_(2 * torch.rand(k, 3) - 1)
     nn.init.normal_(method.head.weight)
+    for m in method.modules():
+        if isinstance(m, nn.RMSNorm):
+            nn.init.uniform_(m.weight, .5, 1.5)                  # no two alike
     return method.eval()
 
 
