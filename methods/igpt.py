@@ -1,4 +1,4 @@
-"""iGPT (2020): predict the next pixel, as GPT the next word.
+"""iGPT (2020): a GPT whose words are pixels.
 
 Chen, Radford, Child, Wu, Jun, Luan, Sutskever. Generative Pretraining from Pixels. ICML 2020.
 --objective bert tells hidden pixels instead, as Devlin et al. 2018, arXiv 1810.04805, words.
@@ -13,7 +13,7 @@ The last layers are about the next pixel, so the features are a middle one's.
 
 Run      python methods/igpt.py
          three seeds are not measured yet
-Differs  images are flipped, not cropped; the quick run is small, at 12 x 12 pixels and 64 colours.
+Differs  images are only flipped; the quick run is small: 12 x 12 pixels, 64 colours, of this data.
 """
 import math
 import sys
@@ -34,7 +34,7 @@ from kernels.views import denormalise, normalise, views
 
 @dataclass
 class Config(common.Config):
-    data: str = "toys:n=4000"      # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
+    data: str = "toys:n=4000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
     image_size: int = 12           # side of the images in pixels
     encoder: str = "gpt"           # a GPT-2, the only choice: see width, depth, heads
     objective: str = "ar"          # ar: the next token; bert: hidden tokens from all others
@@ -51,7 +51,7 @@ class Config(common.Config):
     layer: int = 3                 # the block whose mean is the feature
 
 
-# iGPT-S, the text; the official code's number of heads. Warm-up of one epoch.
+# iGPT-S, the text; its warm-up is one epoch. The official code's number of heads. The layer: the middle one.
 PAPER = dict(data="folder:imagenet", image_size=32, steps=1_000_000, batch_size=128, warmup=.01, k=512,
              width=512, depth=24, heads=8, layer=12)
 
@@ -207,7 +207,7 @@ def main(cfg):
 
     x, half = test[:8], test.shape[1] // 2                       # [8,N]
     rows = {"real": data.test_images[:8], f"in {cfg.k} colours": encoder.picture(x)}
-    rows |= {f"completed, {i}": encoder.picture(complete(method, x, half)) for i in (1, 2, 3)}
+    rows |= {f"completed, {i}": encoder.picture(complete(method, x, half)) for i in (1, 2)}
     common.save_grid(run.folder / "completions.png", rows, "the lower half is drawn, given the upper")
     with torch.no_grad():                                        # the last part may be smaller
         nats = sum(len(x) * method(normalise(x)).item() for x in data.test_images.split(100)) / len(test)

@@ -69,7 +69,7 @@ def gate(x):                                                     # [B,2C,H,W] ->
 
 
 class GatedLayer(nn.Module):
-    """v sees the rows down to its own; h what comes before it: its row, and through v the rows above."""
+    """v sees the rows down to its own; h its row, to the left, and through v the rows above."""
 
     def __init__(self, c_in, c, k, kind="B"):
         super().__init__()
