@@ -34,18 +34,18 @@ from kernels.views import denormalise, normalise, views
 
 @dataclass
 class Config(common.Config):
-    data: str = "toys:n=4000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
+    data: str = "toys:n=3000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
     image_size: int = 12           # side of the images in pixels
     encoder: str = "gpt"           # a GPT-2, the only choice: see width, depth, heads
     objective: str = "ar"          # ar: the next token; bert: hidden tokens from all others
-    steps: int = 900               # optimisation steps
-    batch_size: int = 16           # images a step, all processes together
+    steps: int = 600               # optimisation steps
+    batch_size: int = 8            # images a step, all processes together
     lr: float = 3e-3               # peak learning rate: linear warm-up, then half a cosine to 0
     beta2: float = .95             # beta2 of adamw
     weight_decay: float = 0.       # on weights and tokens, not on norms
     k: int = 64                    # colours, by k-means
     hide: float = .15              # share of the tokens that bert hides
-    width: int = 96                # D
+    width: int = 64                # D
     depth: int = 6                 # blocks
     heads: int = 2                 # heads of a block
     layer: int = 3                 # the block whose mean is the feature

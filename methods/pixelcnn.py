@@ -33,11 +33,11 @@ from kernels.views import denormalise, normalise, views
 
 @dataclass
 class Config(common.Config):
-    data: str = "toys:noise=0"     # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
+    data: str = "toys:n=8000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
     image_size: int = 16           # side of the images in pixels
     encoder: str = "gated"         # gated layers, the only choice: see width, depth
-    steps: int = 1200              # optimisation steps
-    batch_size: int = 16           # images a step, all processes together
+    steps: int = 600               # optimisation steps
+    batch_size: int = 8            # images a step, all processes together
     lr: float = 1e-2               # peak learning rate: linear warm-up, then half a cosine to 0
     width: int = 48                # D, channels of v and of h: a multiple of 3
     depth: int = 5                 # layers, the first of 7 x 7
