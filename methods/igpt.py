@@ -28,18 +28,17 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_optimizer, parse, set_lr
-from kernels.attention import attention
 from kernels.views import denormalise, normalise, views
 
 
 @dataclass
 class Config(common.Config):
-    data: str = "toys:n=3000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
+    data: str = "toys:n=6000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
     image_size: int = 12           # side of the images in pixels
     encoder: str = "gpt"           # a GPT-2, the only choice: see width, depth, heads
     objective: str = "ar"          # ar: the next token; bert: hidden tokens from all others
-    steps: int = 600               # optimisation steps
-    batch_size: int = 8            # images a step, all processes together
+    steps: int = 800               # optimisation steps
+    batch_size: int = 16           # images a step, all processes together
     lr: float = 3e-3               # peak learning rate: linear warm-up, then half a cosine to 0
     beta2: float = .95             # beta2 of adamw
     weight_decay: float = 0.       # on weights and tokens, not on norms
@@ -48,7 +47,7 @@ class Config(common.Config):
     width: int = 64                # D
     depth: int = 6                 # blocks
     heads: int = 2                 # heads of a block
-    layer: int = 3                 # the block whose mean is the feature
+    layer: int = 4                 # the block whose mean is the feature
 
 
 # iGPT-S, the text; its warm-up is one epoch. The official code's number of heads. The layer: the middle one.
@@ -80,7 +79,8 @@ class Block(nn.Module):
 
     def forward(self, x):                                        # [B,N,D]
         q, k, v = rearrange(self.qkv(self.norm1(x)), "b n (t h d) -> t b h n d", t=3, h=self.heads)
-        x = x + self.proj(rearrange(attention(q, k, v, causal=self.causal), "b h n d -> b n (h d)"))
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)       # [B,h,N,d]
+        x = x + self.proj(rearrange(a, "b h n d -> b n (h d)"))
         u = self.fc1(self.norm2(x))                              # [B,N,4D]
         return x + self.fc2(u * (1.702 * u).sigmoid())
 

@@ -39,7 +39,7 @@ class Config(common.Config):
     encoder: str = "gated"         # gated layers, the only choice: see width, depth
     steps: int = 600               # optimisation steps
     batch_size: int = 8            # images a step, all processes together
-    lr: float = 3e-3               # peak learning rate: linear warm-up, then half a cosine to 0
+    lr: float = 1e-2               # peak learning rate: linear warm-up, then half a cosine to 0
     width: int = 48                # D, channels of v and of h: a multiple of 3
     depth: int = 5                 # layers, the first of 7 x 7
     layer: int = 3                 # the layer whose mean is the feature
