@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from methods.barlow_twins import BarlowTwins
 from methods.bownet import BoWNet
 from methods.byol import BYOL
 from methods.dino import DINO
+from methods.ibot import IBOT
 from methods.instdisc import InstDisc
 from methods.moco import MoCo
 from methods.obow import OBoW
@@ -117,6 +119,20 @@ def dino():
     return method
 
 
+def ibot():
+    """What is hidden depends on the image alone, other numbers of patches of each; then as dino()."""
+    def forward(v1, v2):
+        known = dict(draw_masks=lambda kind, a: a > a.mean(1, keepdim=True))
+        with mock.patch.dict(IBOT.forward.__globals__, known):
+            return IBOT.forward(method, v1, v2, v2[..., 4:, 4:])
+    torch.manual_seed(0)
+    method = IBOT(create_encoder("vit_micro/2", 8), hidden=16, dim=8, k=5, gather=common.gather).double()
+    for p in method.head.parameters():                      # not equal to the student
+        p.mul_(1.1)
+    method.forward, method.after = forward, lambda: method.update_teacher(.9)
+    return method
+
+
 def bownet():
     torch.manual_seed(0)
     method = BoWNet(create_encoder("resnet_small", 8), 64, k=6).double()
@@ -139,7 +155,8 @@ def obow():
 
 
 METHODS = dict(simclr=simclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins, vicreg=vicreg,
-               instdisc=instdisc, moco=moco, moco_v3=moco_v3, swav=swav, dino=dino, bownet=bownet, obow=obow)
+               instdisc=instdisc, moco=moco, moco_v3=moco_v3, swav=swav, dino=dino, ibot=ibot, bownet=bownet,
+               obow=obow)
 
 
 def norms():
@@ -176,7 +193,7 @@ def step(method, share):
     loss.backward()
     if isinstance(method, InstDisc):
         method.update_memory(inputs[1])
-    if isinstance(method, DINO):
+    if isinstance(method, (DINO, IBOT)):
         method.after()
     grads = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
     return dict(loss=loss.detach(), grads=grads, buffers=dict(method.named_buffers()))
