@@ -1,4 +1,5 @@
-"""How good features are: weighted k-NN, a linear probe, and two numbers that name collapse."""
+"""How good features are: weighted k-NN, a linear probe, two numbers that name collapse, visual words."""
+import math
 
 import torch
 import torch.nn.functional as F
@@ -42,3 +43,16 @@ def spread(h: Tensor) -> tuple[float, float]:
     s = torch.linalg.svdvals(h - h.mean(0))
     entropy = torch.special.entr(s / s.sum().clamp_min(1e-12)).sum()
     return h.std(0).mean().item() * h.shape[1] ** .5, entropy.exp().item()
+
+
+def patches_by_word(d: Tensor, images: Tensor, n: int = 10) -> dict[str, Tensor]:
+    """Distances d [N,h*w,K] of places to words, images uint8 [N,3,H,W] -> {word and its use: [n,3,P,P]}, the
+    patches nearest to n words, from the most used to the least, each of another image."""
+    rows, cell = {}, images.shape[2] // math.isqrt(d.shape[1])
+    patches = F.unfold(images.float(), 3 * cell, padding=cell, stride=cell).byte()       # [N,3*P*P,h*w]
+    share = d.argmin(2).flatten().bincount(minlength=d.shape[2]) / d[:, :, 0].numel()    # [K]
+    for k in share.argsort(descending=True)[::math.ceil(len(share) / n)].tolist():
+        nearest, place = d[:, :, k].min(1)                       # [N] each
+        best = nearest.argsort()[:n]
+        rows[f"word {k}, {share[k]:.1%}"] = patches[best, :, place[best]].view(-1, 3, 3 * cell, 3 * cell)
+    return rows

@@ -28,6 +28,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_encoder, make_optimizer, parse, set_lr
+from kernels.evaluation import patches_by_word
 from kernels.views import normalise, views
 
 
@@ -104,19 +105,6 @@ def first_stage(cfg, run, images):                               # -> encoder, w
         return encoder, kmeans(maps.flatten(2).mT.flatten(0, 1), cfg.k)  # of [1024*h*w,C]
 
 
-def sheets(method, images, n=10):                                # [N,3,H,W] uint8 -> {word: [n,3,P,P]}
-    """Patches nearest to n words, from the most used to the least, each of another image."""
-    d = method.distances(normalise(images))                      # [N,h*w,K]
-    rows, cell = {}, images.shape[2] // math.isqrt(d.shape[1])
-    patches = F.unfold(images.float(), 3 * cell, padding=cell, stride=cell).byte()      # [N,3*P*P,h*w]
-    share = d.argmin(2).flatten().bincount(minlength=d.shape[2]) / d[:, :, 0].numel()   # [K]
-    for k in share.argsort(descending=True)[::math.ceil(len(share) / n)].tolist():
-        nearest, place = d[:, :, k].min(1)                       # [N] each
-        best = nearest.argsort()[:n]
-        rows[f"word {k}, {share[k]:.1%}"] = patches[best, :, place[best]].view(-1, 3, 3 * cell, 3 * cell)
-    return rows
-
-
 def main(cfg):
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
@@ -141,7 +129,9 @@ def main(cfg):
         optimizer.step()
         run.log(loss, h=method.h, kl=method.kl, perplexity=method.perplexity)
 
-    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words by use")
+    x = data.test_images[:500]
+    d = method.distances(normalise(x))                           # [N,h*w,K]
+    common.save_grid(run.folder / "words.png", patches_by_word(d, x), "words by use")
     return run.finish()
 
 

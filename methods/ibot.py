@@ -1,4 +1,4 @@
-"""iBOT (2022): tell what a slow copy sees at hidden patches.
+"""iBOT (2022): tell a slow copy's view of hidden patches.
 
 DINO's agreement on soft clusters, for [CLS] across two crops, and for every hidden patch with the same patch
 as the slow copy sees it, unhidden: the copy is the tokenizer. AttMask hides what the copy's [CLS] looks at.

@@ -1,8 +1,5 @@
 """OBoW (2021): predict the visual words of a slow copy.
 
-A slow copy of the network tells which visual words the clean image has; from crops a network predicts them.
-The words are recent features of the copy: BoWNet without its first stage, online.
-
 Gidaris, Bursuc, Puy, Komodakis, Cord, Perez. OBoW: Online Bag-of-Visual-Words Generation for Self-Supervised
 Learning. CVPR 2021, arXiv 2012.11552.
 
@@ -14,9 +11,8 @@ Good at: context, for a crop must tell what lies outside. Not at: starting; its 
 
 Run      python methods/obow.py
          linear 48.4 ± 1.9 % (untrained 27.9; each seed at least +17), k-NN 38.1 ± 5.0 (22.2); 68 s on 2 cores
-Differs  cross-entropy, not KL: the same gradient; patches are drawn one by one, not five of nine of a view;
-         only maps of 6 x 6 and more lose their border; the quick run has AdamW, few words, no patches, small
-         logits and a faster teacher.
+Differs  cross-entropy, not KL: the same gradient; patches are drawn one by one; small maps keep their border;
+         the quick run has AdamW, few words, no patches, small logits and a faster teacher.
 """
 import copy
 import math
@@ -31,6 +27,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_encoder, make_optimizer, parse, set_lr
+from kernels.evaluation import patches_by_word
 from kernels.views import normalise, views
 
 
@@ -56,15 +53,8 @@ PAPER = dict(data="folder:imagenet", image_size=224, encoder="resnet50", epochs=
              crop_max=.6, crop_size=160, patches=5, patch_size=96)
 
 
-def one_place(maps):                                             # [B,C,h,w] -> [B,C]
-    """The mean of 3 x 3 places, somewhere in each map."""
-    x = F.avg_pool2d(maps, min(3, maps.shape[2]), 1).flatten(2)  # [B,C,n]
-    return x[torch.arange(len(x)), :, torch.randint(x.shape[2], (len(x),))]
-
-
 class Vocabulary(nn.Module):
     """A queue of K words [K,C], oldest first, and the classifier that is generated from them."""
-
     def __init__(self, k, channels, dim, inv_delta, gather):
         super().__init__()
         self.inv_delta, self.gather = inv_delta, gather
@@ -80,7 +70,8 @@ class Vocabulary(nn.Module):
         maps = maps[:, :, 1:-1, 1:-1] if maps.shape[2] >= 6 else maps
         d2 = torch.cdist(maps.flatten(2).mT, self.words).square()  # [B,h*w,K]
         self.mu.lerp_(self.gather(d2.amin(2)).mean(), .01)
-        self.new = one_place(maps)                               # [B,C]
+        new = F.avg_pool2d(maps, min(3, maps.shape[2]), 1).flatten(2)    # [B,C,n], 3 x 3 places each
+        self.new = new[torch.arange(len(new)), :, torch.randint(new.shape[2], (len(new),))]      # [B,C]
         codes = (-self.inv_delta / self.mu * d2).softmax(2)      # [B,h*w,K]
         return F.normalize(codes.amax(1), p=1, dim=1)
 
@@ -91,11 +82,9 @@ class Vocabulary(nn.Module):
 class OBoW(nn.Module):
     """encoder: images [B,3,H,W] -> [B,encoder.dim]; .layers(x)[-2:] are maps of these channels. Call
     update_teacher(m) before every step and enqueue() after it. gather: [B,...] -> rows of all processes."""
-
     def __init__(self, encoder, channels, k=512, inv_delta=10., kappa=1., gather=lambda z: z):
         super().__init__()
-        self.encoder, self.kappa = encoder, kappa
-        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+        self.encoder, self.kappa, self.teacher = encoder, kappa, copy.deepcopy(encoder).requires_grad_(False)
         self.levels = nn.ModuleList(Vocabulary(k, c, encoder.dim, inv_delta, gather) for c in channels)
 
     def forward(self, x, *crops):                                # clean; crops [nB,3,s,s] by size -> loss
@@ -106,8 +95,7 @@ class OBoW(nn.Module):
             bags = [level.bag_of_words(a) for level, a in zip(self.levels, maps, strict=True)]  # [B,K]
         loss = sum(F.cross_entropy(self.kappa * f @ w.T, y.repeat(len(f) // len(y), 1))
                    for f in h for w, y in zip(weights, bags, strict=True)) / len(bags)
-        entropy = torch.special.entr(torch.stack(bags)).sum(2).mean()
-        self.h, self.kl = h[0], loss.detach() - len(h) * entropy
+        self.h, self.kl = h[0], loss.detach() - len(h) * torch.special.entr(torch.stack(bags)).sum(2).mean()
         self.perplexity = torch.special.entr(bags[0].mean(0)).sum().exp()
         return loss
 
@@ -123,22 +111,7 @@ class OBoW(nn.Module):
 
 def build(cfg):
     maps = make_encoder(cfg).layers(torch.zeros(2, 3, cfg.image_size, cfg.image_size))[-2:]
-    channels = [a.shape[1] for a in maps]
-    return OBoW(make_encoder(cfg), channels, cfg.k, cfg.inv_delta, cfg.kappa, common.gather)
-
-
-def sheets(method, images, n=10):                                # [N,3,H,W] uint8 -> {word: [n,3,P,P]}
-    """Patches nearest to n words, from the most used to the least, each of another image."""
-    maps = method.teacher.eval().layers(normalise(images))[-2]   # [N,C,h,w]
-    d = torch.cdist(maps.flatten(2).mT, method.levels[0].words)  # [N,h*w,K]
-    rows, cell = {}, images.shape[2] // math.isqrt(d.shape[1])
-    patches = F.unfold(images.float(), 3 * cell, padding=cell, stride=cell).byte()      # [N,3*P*P,h*w]
-    share = d.argmin(2).flatten().bincount(minlength=d.shape[2]) / d[:, :, 0].numel()   # [K]
-    for k in share.argsort(descending=True)[::math.ceil(len(share) / n)].tolist():
-        nearest, place = d[:, :, k].min(1)                       # [N] each
-        best = nearest.argsort()[:n]
-        rows[f"word {k}, {share[k]:.1%}"] = patches[best, :, place[best]].view(-1, 3, 3 * cell, 3 * cell)
-    return rows
+    return OBoW(make_encoder(cfg), [a.shape[1] for a in maps], cfg.k, cfg.inv_delta, cfg.kappa, common.gather)
 
 
 def main(cfg):
@@ -147,7 +120,7 @@ def main(cfg):
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, method)
     kinds = [(2, cfg.crop_size, (cfg.crop, cfg.crop_max)), (cfg.patches, cfg.patch_size, (.08, .15))]
-    kinds = [kind for kind in kinds if kind[0]]                  # number, size, share of the area
+    kinds = kinds[:1 + (cfg.patches > 0)]                        # number, size, share of the area
     reference = {" + ".join(len(kinds) * [f"ln {cfg.k}"]): len(kinds) * math.log(cfg.k)}
     model = run.start(method, data, reference, optimizer)
 
@@ -166,7 +139,9 @@ def main(cfg):
         method.enqueue()                                         # after the words have served
         run.log(loss, h=method.h, kl=method.kl, perplexity=method.perplexity, m=m)
 
-    common.save_grid(run.folder / "words.png", sheets(method, data.test_images[:500]), "words by use")
+    x = data.test_images[:500]
+    d = torch.cdist(method.teacher.eval().layers(normalise(x))[-2].flatten(2).mT, method.levels[0].words)
+    common.save_grid(run.folder / "words.png", patches_by_word(d, x), "words by use")
     return run.finish()
 
 

@@ -1,4 +1,4 @@
-"""Transfer (2022): from frozen features, and by fine-tuning, with few labels.
+"""Transfer (2022): frozen features and fine-tuning, with few labels.
 
 The lecture's second stage. A network that learned without labels is given some: its frozen features are
 classified by k-NN and by a linear probe, then all of it is trained further, deep layers faster than shallow.

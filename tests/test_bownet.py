@@ -142,24 +142,3 @@ def test_first_stage_is_timed_and_not_repeated_by_a_resumed_run(tmp_path, monkey
     monkeypatch.setattr(bownet, "first_stage", None)
     again, losses, log = train("bownet", tmp_path, monkeypatch, *flags, "--resume", images=16)
     assert len(losses) == 2 and torch.equal(again.words, method.words) and log["seconds"] > 1
-
-
-def test_sheets_show_the_places_nearest_to_the_words():
-    """Dark images with one light place, and the reverse: the rarer words are the odd places."""
-    class Teacher(Lookup):
-        def layers(self, x):
-            return [F.avg_pool2d(x, 4)[:, :1], x]                # brightness of cells of 4 x 4 pixels
-
-    images = torch.randint(0, 20, (24, 3, 20, 20), dtype=torch.uint8)
-    for i in range(24):
-        images[i, :, 4:8, 4 * (i % 3) + 4:4 * (i % 3) + 8] += 200
-    method = bownet.BoWNet(Teacher(4), 1, 3)
-    light, dark = bownet.normalise(images)[:, 0].flatten(1).max(), bownet.normalise(images)[:, 0].min()
-    method.words = torch.tensor([[light], [99.], [dark]])
-    rows = list(bownet.sheets(method, images, n=8).items())
-    assert [title for title, _ in rows] == ["word 2, 96.0%", "word 0, 4.0%", "word 1, 0.0%"]
-    patches = rows[1][1]                                         # 3 x 3 cells around the light one
-    known = [images[i, :, :12, 4 * (i % 3):4 * (i % 3) + 12] for i in range(24)]
-    assert patches.shape == (8, 3, 12, 12) and patches.dtype == torch.uint8
-    found = [[i for i in range(24) if torch.equal(known[i], p)] for p in patches]
-    assert all(len(f) == 1 for f in found) and len({f[0] for f in found}) == 8  # eight images

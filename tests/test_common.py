@@ -22,6 +22,7 @@ from torch import nn
 import common
 from common import Config, cosine, features, knn, linear_probe, load_data, make_optimizer, parse, spread
 from kernels.encoders import Attention, create_encoder, resize_positions, sincos_positions
+from kernels.evaluation import patches_by_word
 from kernels.toys import toys
 from kernels.views import normalise
 
@@ -610,6 +611,22 @@ def test_linear_probe_does_not_depend_on_units():
     x, y, x_test = rand(200, 6), torch.arange(200) % 4, rand(500, 6, seed=1)
     unit = 2. ** torch.arange(-3, 3)
     assert linear_probe(x * unit, y, x_test * unit).equal(linear_probe(x, y, x_test))
+
+
+def test_patches_by_word_are_the_places_nearest_to_it():
+    """Dark images with one light place; distances of brightness. The rarer words are the odd places."""
+    images = torch.randint(0, 20, (24, 3, 20, 20), dtype=torch.uint8)
+    for i in range(24):
+        images[i, :, 4:8, 4 * (i % 3) + 4:4 * (i % 3) + 8] += 200
+    bright = F.avg_pool2d(images.float(), 4)[:, :1].flatten(2).mT        # [24,25,1], cells of 4 x 4 pixels
+    d = torch.cdist(bright, torch.tensor([[220.], [999.], [0.]]))
+    rows = list(patches_by_word(d, images, n=8).items())
+    assert [title for title, _ in rows] == ["word 2, 96.0%", "word 0, 4.0%", "word 1, 0.0%"]
+    patches = rows[1][1]                                         # 3 x 3 cells around the light one
+    known = [images[i, :, :12, 4 * (i % 3):4 * (i % 3) + 12] for i in range(24)]
+    assert patches.shape == (8, 3, 12, 12) and patches.dtype == torch.uint8
+    found = [[i for i in range(24) if torch.equal(known[i], p)] for p in patches]
+    assert all(len(f) == 1 for f in found) and len({f[0] for f in found}) == 8  # eight images
 
 
 def test_spread_by_hand():

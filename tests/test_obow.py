@@ -64,9 +64,9 @@ def test_border_is_dropped_from_large_maps_only():
 
 def test_one_place_is_the_mean_of_three_by_three():
     torch.manual_seed(0)
-    maps = torch.randn(200, 2, 4, 5)
-    new, found = obow.one_place(maps), []
-    for a, row in zip(maps, new, strict=True):
+    maps, v, found = torch.randn(200, 2, 4, 5), vocabulary(), []
+    v.bag_of_words(maps)
+    for a, row in zip(maps, v.new, strict=True):
         means = {(i, j): a[:, i:i + 3, j:j + 3].mean((1, 2)) for i in range(2) for j in range(3)}
         found += [place for place, mean in means.items() if torch.allclose(mean, row, atol=1e-6)]
     assert len(found) == 200 and len(set(found)) == 6
@@ -190,22 +190,3 @@ def test_crops_of_both_sizes(tmp_path, monkeypatch):
     flags = "--steps", "1", "--k", "16", "--patches", "3", "--patch_size", "12", "--crop_size", "20"
     train("obow", tmp_path, monkeypatch, *flags, images=16)
     assert sizes == [[(16, 3, 32, 32), (32, 3, 20, 20), (48, 3, 12, 12)]]
-
-
-def test_sheets_show_the_places_nearest_to_the_words():
-    """Dark images with one light place: the rarer word is there."""
-    class Teacher(Lookup):
-        def layers(self, x):
-            return [F.avg_pool2d(x, 4)[:, :1], x]                # brightness of cells of 4 x 4 pixels
-
-    images = torch.randint(0, 20, (24, 3, 20, 20), dtype=torch.uint8)
-    for i in range(24):
-        images[i, :, 4:8, 4 * (i % 3) + 4:4 * (i % 3) + 8] += 200
-    method = obow.OBoW(Teacher(4), [1, 3], 3)
-    light, dark = obow.normalise(images)[:, 0].flatten(1).max(), obow.normalise(images)[:, 0].min()
-    method.levels[0].words = torch.tensor([[light], [99.], [dark]])
-    rows = list(obow.sheets(method, images, n=8).items())
-    assert [title for title, _ in rows] == ["word 2, 96.0%", "word 0, 4.0%", "word 1, 0.0%"]
-    known = [images[i, :, :12, 4 * (i % 3):4 * (i % 3) + 12] for i in range(24)]
-    found = [[i for i in range(24) if torch.equal(known[i], p)] for p in rows[1][1]]
-    assert all(len(f) == 1 for f in found) and len({f[0] for f in found}) == 8  # eight images
