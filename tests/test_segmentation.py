@@ -1,0 +1,110 @@
+"""The metrics of objects against pair counting, brute force and cases by hand."""
+import itertools
+import math
+
+import pytest
+import torch
+
+from kernels.segmentation import IGNORE, ari, fg_ari, mbo, miou, scores, shared_pixels
+
+
+def random_masks(seed, b=6, h=5, w=7, t=3, k=4):
+    g = torch.Generator().manual_seed(seed)
+    return (torch.randint(m, (b, h, w), generator=g) for m in (k, t + 1))
+
+
+def rand_index_by_pairs(p, t):
+    """Every pair of pixels: together or apart in both, adjusted by the mean over all relabellings' pairs."""
+    together = [(a == b, c == d) for (a, c), (b, d) in itertools.combinations(zip(p, t, strict=True), 2)]
+    n = len(together)
+    both, first, second = (sum(x) for x in ([a and b for a, b in together], [a for a, _ in together],
+                                            [b for _, b in together]))
+    expected, most = first * second / n, (first + second) / 2
+    return 1. if most == expected else (both - expected) / (most - expected)
+
+
+def test_shared_pixels_by_hand():
+    predicted = torch.tensor([[[0, 0, 2], [2, 1, 1]]])
+    truth = torch.tensor([[[0, 1, 1], [IGNORE, 3, 3]]])
+    assert shared_pixels(predicted, truth)[0].tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 0], [0, 2, 0]]
+    with pytest.raises(ValueError, match=r"alike, got \[1, 2, 3\] and \[1, 3\]"):
+        shared_pixels(predicted, truth[:, 0])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_ari_and_fg_ari_count_pairs(seed):
+    predicted, truth = random_masks(seed)
+    truth[0, 0, :3] = IGNORE
+    n = shared_pixels(predicted, truth)
+    for i in range(len(n)):
+        p, t = predicted[i].flatten().tolist(), truth[i].flatten().tolist()
+        kept = [(a, b) for a, b in zip(p, t, strict=True) if b != IGNORE]
+        assert ari(n)[i].item() == pytest.approx(rand_index_by_pairs(*zip(*kept, strict=True)), abs=1e-12)
+        front = [(a, b) for a, b in kept if b]
+        assert fg_ari(n)[i].item() == pytest.approx(rand_index_by_pairs(*zip(*front, strict=True)), abs=1e-12)
+
+
+def test_ari_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn, which nothing else here needs")
+    for seed in range(20):
+        predicted, truth = random_masks(seed)
+        known = [metrics.adjusted_rand_score(t.flatten(), p.flatten())
+                 for p, t in zip(predicted, truth, strict=True)]
+        assert ari(shared_pixels(predicted, truth)).tolist() == pytest.approx(known, abs=1e-12)
+
+
+def test_names_of_masks_do_not_matter_and_equal_partitions_have_1():
+    _, truth = random_masks(1, k=4, t=3)
+    renamed = torch.tensor([2, 0, 3, 1])[truth]
+    n = shared_pixels(renamed, truth)
+    for f in (ari, fg_ari, mbo, miou):
+        assert f(n).tolist() == pytest.approx([1.] * 6, abs=1e-12), f.__name__
+    split = renamed.clone()
+    split[truth == 0] = torch.randint(4, split.shape)[truth == 0]        # background to any slot
+    assert fg_ari(shared_pixels(split, truth)).tolist() == pytest.approx([1.] * 6, abs=1e-12)
+    assert (mbo(shared_pixels(split, truth)) < .9).all()
+
+
+def test_independent_masks_have_0_on_average():
+    predicted, truth = random_masks(2, b=400, h=12, w=12)
+    for f in (ari, fg_ari):
+        values = f(shared_pixels(predicted, truth))
+        assert abs(values.mean()) < 5 * values.std() / 20
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_overlaps_by_brute_force(seed):
+    """Best mask of each object, and best of all assignments, with more objects than masks in some."""
+    predicted, truth = random_masks(seed, t=3, k=2 + seed)
+    truth[0][truth[0] == 2] = 0                                  # an object that is not there
+    n = shared_pixels(predicted, truth)
+    for i in range(len(n)):
+        objects = [o for o in (1, 2, 3) if (truth[i] == o).any()]
+        def overlap(o, k, i=i):
+            a, b = truth[i] == o, predicted[i] == k
+            return ((a & b).sum() / (a | b).sum()).item()
+        masks = range(2 + seed)
+        assert mbo(n)[i].item() == pytest.approx(
+            sum(max(overlap(o, k) for k in masks) for o in objects) / len(objects), abs=1e-6)
+        padded = [*masks, *[None] * len(objects)]                # None: no mask
+        best = max(sum(overlap(o, k) for o, k in zip(objects, order, strict=True) if k is not None)
+                   for order in itertools.permutations(padded, len(objects)))
+        assert miou(n)[i].item() == pytest.approx(best / len(objects), abs=1e-6)
+
+
+def test_one_mask_over_all():
+    """A half, a quarter, a quarter background: IoU with everything is the share of the image."""
+    truth = torch.tensor([[1, 1, 2, 0]]).repeat_interleave(2, 1)[:, None]
+    n = shared_pixels(torch.zeros_like(truth), truth)
+    assert mbo(n).item() == pytest.approx(3 / 8) and miou(n).item() == pytest.approx(1 / 4)
+    assert ari(n).item() == fg_ari(n).item() == 0
+
+
+def test_images_without_objects_are_left_out():
+    predicted, truth = random_masks(3)
+    known = scores(predicted[1:], truth[1:])
+    truth[0] = 0
+    assert fg_ari(shared_pixels(predicted, truth))[0].isnan()
+    assert scores(predicted, truth) == pytest.approx(known)
+    assert list(known) == ["ari", "fg_ari", "mbo", "miou"]
+    assert all(math.isfinite(v) for v in known.values())
