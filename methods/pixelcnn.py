@@ -15,7 +15,7 @@ nearby tell the next one, and the mean of the maps can become worse than before 
 Run      python methods/pixelcnn.py
          three seeds are not measured yet
 Differs  the head sees the last layer only; no classes to condition on; images are flipped at random; the
-         quick run is small, at 16 x 16 pixels, with AdamW.
+         quick run is small, at 12 x 12 pixels, with AdamW.
 """
 import math
 import sys
@@ -34,13 +34,13 @@ from kernels.views import denormalise, normalise, views
 
 @dataclass
 class Config(common.Config):
-    data: str = "toys:n=8000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
-    image_size: int = 16           # side of the images in pixels
+    data: str = "toys:n=4000,noise=0"  # toys, toys:sky,rho=0 (any switch of toys()), cifar10, folder:PATH
+    image_size: int = 12           # side of the images in pixels
     encoder: str = "gated"         # gated layers, the only choice: see width, depth
-    steps: int = 600               # optimisation steps
+    steps: int = 1500              # optimisation steps
     batch_size: int = 8            # images a step, all processes together
     lr: float = 1e-2               # peak learning rate: linear warm-up, then half a cosine to 0
-    width: int = 48                # D, channels of v and of h: a multiple of 3
+    width: int = 36                # D, channels of v and of h: a multiple of 3
     depth: int = 5                 # layers, the first of 7 x 7
     layer: int = 3                 # the layer whose mean is the feature
 

@@ -48,7 +48,7 @@ class Config(common.Config):
     crop: float = .6               # smallest share of the image's area in a view
 
 
-# Fine-tuning of ViT-B in the paper's Table 9: rate 5e-4 x B/256, 100 epochs, warm-up 5.
+# Official code, fine-tuning of ViT-B: rate 5e-4 x B/256, warm-up 5 of 100 epochs.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="vit_base/16", epochs=100, batch_size=1024,
              lr=2e-3, warmup=.05, decay=.65, crop=.08)
 

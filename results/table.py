@@ -24,13 +24,19 @@ ROOT = Path(__file__).resolve().parents[1]
 PROBES = ["k-NN, %", "linear, %", "untrained: k-NN, linear", "linear by layer"]
 COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES]
 
-PICTURES = dict(
-    mae="toys-seed0/reconstructions", rotnet="toys-seed0/attention", simclr="toys-seed0/neighbours",
-    video_colorization="toys-objects=3-frames=6-n=4000-seed0/carried", exemplar_cnn="toys-seed0/distortions",
-    context_prediction="toys-n=10000-seed0/alike", jigsaw="toys-n=8000-seed0/puzzles",
-    colorization="toys-seed0/colours", split_brain="toys-seed0/told", context_encoder="toys-seed0/painted",
-    barlow_twins="toys-seed0/correlation", vicreg="toys-seed0/covariance", dino="toys-grey-seed0/attention",
-    swav="toys-grey-seed0/prototypes", bownet="toys-seed0/words")
+PICTURES = dict(                                                 # of the runs with seed 0
+    mae="mae-toys-seed0/reconstructions", rotnet="rotnet-toys-seed0/attention",
+    simclr="simclr-toys-seed0/neighbours",
+    video_colorization="video_colorization-toys-objects=3-frames=6-n=4000-seed0/carried",
+    exemplar_cnn="exemplar_cnn-toys-seed0/distortions",
+    context_prediction="context_prediction-toys-n=10000-seed0/alike",
+    jigsaw="jigsaw-toys-n=8000-seed0/puzzles", colorization="colorization-toys-seed0/colours",
+    split_brain="split_brain-toys-seed0/told", context_encoder="context_encoder-toys-seed0/painted",
+    barlow_twins="barlow_twins-toys-seed0/correlation", vicreg="vicreg-toys-seed0/covariance",
+    dino="dino-toys-grey-seed0/attention", swav="swav-toys-grey-seed0/prototypes",
+    bownet="bownet-toys-seed0/words", ibot="ibot-toys-grey-seed0/masks", beit="beit-toys-seed0/words",
+    simmim="simmim-toys-seed0/reconstructions", pixelcnn="pixelcnn-toys-n=4000-noise=0-seed0/samples",
+    igpt="igpt-toys-n=6000-noise=0-seed0/completions", igpt_layers="igpt-toys-n=6000-noise=0-seed0/layers")
 
 
 def read(file):
@@ -200,7 +206,7 @@ def pictures():
                                           for i, name in enumerate(CLASSES)})
     Image.open(ROOT / "results/toys.png").convert("RGB").quantize(256).save(ROOT / "results/toys.png")
     for name, picture in PICTURES.items():
-        if (file := ROOT / f"runs/{name}-{picture}.png").exists():
+        if (file := ROOT / f"runs/{picture}.png").exists():
             Image.open(file).convert("RGB").save(ROOT / f"results/{name}.png", optimize=True)
 
 
@@ -208,7 +214,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["pictures"]:
         pictures()
     elif sys.argv[1:]:
-        names = [name for name, *_ in methods()]
+        names = [name for name, *_ in methods() if name != "transfer"]
         run_all(names if sys.argv[1] == "all" else sys.argv[1].split(","), sys.argv[2:])
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text()))
