@@ -78,19 +78,19 @@ def mask_ratio(seeds):
 
 
 def draw_ratios(rows, path):
-    """The linear probe after pre-training, the accuracy after fine-tuning, over the mask ratio."""
+    """A linear probe of frozen features and fine-tuning, with the same labels, over the mask ratio."""
     from matplotlib.figure import Figure
     figure = Figure((5, 3.2), layout="tight")
     axis = figure.subplots()
-    for name, key, label in (("transfer", "accuracy", "fine-tuned with 10 % of the labels"),
-                             ("mae", "linear", "linear probe with all labels")):
+    for label, value in {"fine-tuned": lambda r: r["accuracy"],
+                         "linear probe, frozen": lambda r: r["untrained"]["linear"]}.items():
         found = {}
-        for r in (r for r in rows if r["method"] == name and "mask_ratio=" in r["command"]):
-            found.setdefault(float(re.search(r"mask_ratio=([.\d]+)", r["command"])[1]), []).append(r[key])
+        for r in (r for r in rows if "--run" in r["command"]):
+            found.setdefault(float(re.search(r"mask_ratio=([.\d]+)", r["command"])[1]), []).append(value(r))
         bars(axis, found, label)
     scratch = statistics.mean(r["accuracy"] for r in rows if "--encoder" in r["command"])
-    axis.axhline(scratch, color="grey", ls=":", label="from scratch with 10 % of the labels")
-    axis.set(xlabel="share of the patches that is hidden", ylabel="%", xticks=RATIOS)
+    axis.axhline(scratch, color="grey", ls=":", label="from scratch")
+    axis.set(xlabel="share of the patches that is hidden", ylabel="%, with 10 % of the labels", xticks=RATIOS)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
