@@ -72,8 +72,7 @@ class Config(common.Config):
     share: float = 1.              # share of the images to train on; k-NN and probe have all of them
 
 
-# The official command for ViT-S: rate 5e-4 x B/256, warm-up 10 epochs, prototypes frozen for 1. AttMask has
-# 100 epochs of batch 240.
+# The official command for ViT-S: rate 5e-4 x B/256, warm-up 10 epochs, prototypes frozen for 1.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="vit_small/16", epochs=800, batch_size=1024,
              lr=2e-3, warmup=.0125, hidden=2048, dim=256, k=8192, tau_t=.04, tau_t_end=.07, m=.996,
              freeze=.00125, size=224, size_local=96, local=10, crop=.25, crop_local=.05, blur=.1, solarise=.2)
@@ -142,8 +141,7 @@ def look(encoder, x):                        # -> tokens [B,1+R+N,D], attention 
     return encoder.norm(t), a[:, :, 0, encoder.prefix:].mean(1)
 
 
-def perplexity(t, c, tau):                                       # [R,K], [K] -> 1..K
-    """How many prototypes the rows have between them."""
+def perplexity(t, c, tau):                                       # [R,K], [K] -> prototypes in use, 1..K
     return torch.special.entr(F.softmax((t.float() - c) / tau, 1).mean(0)).sum().exp()
 
 
@@ -198,16 +196,19 @@ def build(cfg):
 
 
 @torch.no_grad()
-def picture(encoder, images, times=2):                           # uint8 [n,3,H,W] -> rows of images
-    """Enlarged images, where [CLS] looks, and what each way to mask would hide."""
+def picture(method, images, times=2):                            # uint8 [n,3,H,W] -> rows of images
+    """Enlarged images; where [CLS] looks; what each way to mask would hide; a colour for each prototype."""
     x = F.interpolate(normalise(images), scale_factor=times, mode="bilinear")    # [n,3,H,W]
-    (_, a), grid = look(encoder.eval(), x), x.shape[2] // encoder.patch          # [n,N]
-    def enlarge(y):                                              # [n,N] -> [n,3,H,W], nearest
-        y = rearrange(y.float(), "n (h w) -> n 1 h w", h=grid).expand(-1, 3, -1, -1)
-        return F.interpolate(y, x.shape[2:])
-    rows = {"x": denormalise(x), "attention": enlarge(a / a.amax(1, keepdim=True))}
-    hidden = {kind: enlarge(draw_masks(kind, a, 1, .3, .3)) > 0 for kind in MASKS}
-    return rows | {kind: denormalise(x).masked_fill(mask, .5) for kind, mask in hidden.items()}
+    (h, a), p = look(method.encoder.eval(), x), method.encoder.patch     # [n,1+R+N,D], [n,N]
+    def enlarge(y):                                              # [n,N,1 or 3] -> [n,3,H,W], nearest
+        y = rearrange(y.float(), "n (h w) c -> n c h w", h=x.shape[2] // p).expand(-1, 3, -1, -1)
+        return F.interpolate(y, scale_factor=p)
+    hidden = {kind: enlarge(draw_masks(kind, a, 1, .3, .3)[..., None]) > 0 for kind in MASKS}
+    rows = {"x": denormalise(x), "attention": enlarge((a / a.amax(1, keepdim=True))[..., None])}
+    rows |= {kind: denormalise(x).masked_fill(mask, .5) for kind, mask in hidden.items()}
+    words = method.head(h[:, method.encoder.prefix:]).argmax(2)  # [n,N]
+    colours = torch.rand(method.center.shape[1], 3, generator=torch.Generator().manual_seed(0))      # [K,3]
+    return rows | {"prototypes": enlarge(colours.to(words.device)[words])}
 
 
 def main(cfg):
@@ -216,13 +217,12 @@ def main(cfg):
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, method)
     model = run.start(method, data, {f"1.5 ln {cfg.k}": 1.5 * math.log(cfg.k)}, optimizer)
-    n = max(1, int(cfg.share * len(data.images)))
     one = dict(scale=(cfg.crop, 1.), jitter=(.4, .4, .2, .1), grey=.2, blur=float(cfg.blur > 0))
     two = one | dict(blur=cfg.blur, solarise=cfg.solarise)
     local = one | dict(scale=(cfg.crop_local, cfg.crop), blur=.5 * (cfg.blur > 0))
 
     for step, index in run.steps(len(data.images)):
-        index = index % n                                        # --share of the images
+        index = index % max(1, int(cfg.share * len(data.images)))
         x = data.images[index]                                   # [B,3,H,W] uint8
         set_lr(optimizer, cosine(step, run.total, cfg.lr, warmup=cfg.warmup))
         optimizer.param_groups[0]["weight_decay"] = cosine(step, run.total, cfg.weight_decay, cfg.decay_end)
@@ -242,7 +242,7 @@ def main(cfg):
         method.update_teacher(m)
         run.log(loss, h=method.h, **method.parts, m=m)
 
-    common.save_grid(run.folder / "masks.png", picture(method.encoder, data.test_images[:10]))
+    common.save_grid(run.folder / "masks.png", picture(method, data.test_images[:10]))
     return run.finish()
 
 

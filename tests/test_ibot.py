@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from running import load, train
 from torch import nn
 
@@ -206,15 +207,22 @@ def test_prototypes_are_frozen_then_trained_and_a_typo_is_named(tmp_path, monkey
 
 def test_picture():
     torch.manual_seed(0)
-    encoder = create_encoder("vit_micro/8", 32)
-    rows = ibot.picture(encoder, torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8))
-    assert list(rows) == ["x", "attention", *ibot.MASKS]
+    method = ibot.IBOT(create_encoder("vit_micro/8", 32), hidden=16, dim=8, k=24)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    rows = ibot.picture(method, images)
+    assert list(rows) == ["x", "attention", *ibot.MASKS, "prototypes"]
     assert all(r.shape == (4, 3, 64, 64) for r in rows.values())
     assert rows["attention"].flatten(1).amax(1).eq(1).all()
     def hidden(kind):                                            # cells of 8 x 8 pixels, all grey
         return rows[kind].eq(.5).all(1).view(4, 8, 8, 8, 8).all(4).all(2)
     for kind in ("random", "attmask_high", "attmask_low"):
         assert (hidden(kind).sum((1, 2)) == 19).all(), kind      # .3 of 64
+    x = F.interpolate(ibot.normalise(images), scale_factor=2, mode="bilinear")
+    words = method.head(method.encoder.encode(method.encoder.embed(x))[:, 1:]).argmax(2).view(4, 8, 8)
+    colours = rows["prototypes"][:, :, ::8, ::8].movedim(1, 3)
+    for k in words.unique():                                     # a colour for each, another for the others
+        assert len(colours[words == k].unique(dim=0)) == 1
+    assert len(colours.flatten(0, 2).unique(dim=0)) == len(words.unique()) > 2
     a = rows["attention"][:, 0, ::8, ::8]
     for n in range(4):
         assert a[n][hidden("attmask_high")[n]].min() >= a[n][~hidden("attmask_high")[n]].max()
