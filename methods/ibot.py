@@ -16,7 +16,7 @@ Your Students: Attention-Guided Masked Image Modeling. ECCV 2022, arXiv 2203.127
 Good at: features of patches, and of [CLS] for k-NN. Not at: few steps, in which attention is no guide yet.
 
 Run      python methods/ibot.py
-         linear 47.4 ± 1.4 % (untrained 35.9; each seed at least +9), k-NN 42.2 ± 1.1 (32.5); not yet timed alone
+         linear 47.4 ± 1.4 % (untrained 35.9; each seed at least +9), k-NN 42.2 ± 1.1 (32.5); untimed
 Differs  as dino.py: no stochastic depth, rows of the last layer of length 1, the rate falls to 0, bilinear
          crops; the quick run has grey grounds, a sharper and faster teacher, no local crops, no blur.
 """

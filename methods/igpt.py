@@ -12,7 +12,7 @@ Good at: completing images, with no idea of their two dimensions. Not at: large 
 The last layers are about the next pixel, so the features are a middle one's.
 
 Run      python methods/igpt.py
-         1.27 ± .01 nats (histogram 4.07); linear 20.9 ± 1.1 % (untrained 15.7), k-NN 17.9 (11.7); not yet timed
+         1.27 ± .01 nats (histogram 4.07); linear 20.9 ± 1.1 % (untrained 15.7), k-NN 17.9 (11.7); untimed
 Differs  images are only flipped; the quick run is small: 12 x 12 pixels, 64 colours, of this data.
 """
 import math

@@ -13,7 +13,7 @@ Good at: exact likelihoods of small images. Not at: speed, a sample takes 3HW pa
 first layer get better, deeper ones are about the next value alone and worse than before training.
 
 Run      python methods/pixelcnn.py
-         5.43 ± .10 bits per dimension (histogram 7.67); linear 43.6 ± 2.5 % (untrained 36.4); not yet timed
+         5.43 ± .10 bits per dimension (histogram 7.67); linear 43.6 ± 2.5 % (untrained 36.4); untimed
 Differs  the head sees the last layer only; no classes to condition on; images are flipped at random; the
          quick run is small, at 12 x 12 pixels, with AdamW.
 """
