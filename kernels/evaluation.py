@@ -1,4 +1,5 @@
-"""How good features are: weighted k-NN, a linear probe, two numbers that name collapse, visual words."""
+"""How good features are: weighted k-NN, a linear probe, two numbers that name collapse; visual words,
+and the likelihood of a histogram."""
 import math
 
 import torch
@@ -56,3 +57,11 @@ def patches_by_word(d: Tensor, images: Tensor, n: int = 10) -> dict[str, Tensor]
         best = nearest.argsort()[:n]
         rows[f"word {k}, {share[k]:.1%}"] = patches[best, :, place[best]].view(-1, 3, 3 * cell, 3 * cell)
     return rows
+
+
+def histogram_nats(x: Tensor, x_test: Tensor, k: int) -> float:
+    """Nats a value of x_test [M,P], from 0..k-1, by histograms of x [N,P], one for each of P places, in which
+    every value counts once more than it was seen."""
+    place = torch.arange(x.shape[1], device=x.device)            # [P]
+    counts = 1 + (k * place + x).flatten().bincount(minlength=k * len(place)).view(-1, k)        # [P,k]
+    return -(counts / counts.sum(1, keepdim=True)).log()[place, x_test].mean().item()

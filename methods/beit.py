@@ -33,6 +33,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_encoder, make_optimizer, parse, set_lr
+from kernels.masks import block_mask
 from kernels.views import denormalise, normalise, views
 
 
@@ -61,23 +62,6 @@ PAPER = dict(data="folder:imagenet", image_size=224, encoder="vit_base/16", epoc
              crop=.08)
 
 
-def block_mask(side, budget, least, rng, aspect=.3):             # -> bool [side,side]
-    """Blocks of random area and aspect, each within what is left of the budget of patches."""
-    mask = np.zeros((side, side), bool)
-    while (room := budget - mask.sum()) > 0:
-        for _ in range(10):
-            area, a = least + rng.random() * (room - least), aspect ** rng.uniform(-1, 1)
-            h, w = round((area * a) ** .5), round((area / a) ** .5)
-            if h < side and w < side:
-                y, x = rng.integers(side - h + 1), rng.integers(side - w + 1)
-                if 0 < h * w - mask[y:y + h, x:x + w].sum() <= room:
-                    mask[y:y + h, x:x + w] = True
-                    break
-        else:                                                    # ten tries, and none of them fits
-            break
-    return torch.from_numpy(mask)
-
-
 def draw_masks(cfg, n, side, device):                            # -> bool [n,N], True = hidden
     rng = np.random.default_rng(torch.randint(2 ** 31, ()).item())
     masks = [block_mask(side, round(cfg.ratio * side ** 2), cfg.least, rng) for _ in range(n)]
@@ -94,6 +78,7 @@ class Residual(nn.Sequential):
 
 class DVAE(nn.Module):
     """Images [B,3,H,W] in 0..1 -> one of k words for each patch of p x p pixels, and back."""
+
     def __init__(self, k, p, dim=64, eps=.1):
         super().__init__()
         self.k, self.eps, self.words = k, eps, nn.Parameter(torch.randn(k, dim))         # [K,E]
@@ -125,6 +110,7 @@ class DVAE(nn.Module):
 
 class RelativeBias(nn.Module):
     """What a head adds to a logit: a number for each offset between two patches, and three for [CLS]."""
+
     def __init__(self, side, heads):
         super().__init__()
         self.table = nn.Parameter(torch.zeros((2 * side - 1) ** 2 + 3, heads))
@@ -140,6 +126,7 @@ class RelativeBias(nn.Module):
 
 class RelativeBlock(nn.Module):
     """A ViT's block with relative positions and layer scale. layer: 1 is the first; deep ones start small."""
+
     def __init__(self, block, bias, layer, gamma=.1):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
@@ -157,6 +144,7 @@ class RelativeBlock(nn.Module):
 
 class BEiT(nn.Module):
     """encoder: a ViT with embed, encode, blocks, .dim, .patch, .pos_embed; its positions become relative."""
+
     def __init__(self, encoder, tokenizer):
         super().__init__()
         self.side = math.isqrt(encoder.pos_embed.shape[1] - 1)

@@ -29,6 +29,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_optimizer, parse, set_lr
+from kernels.evaluation import histogram_nats
 from kernels.views import denormalise, normalise, views
 
 
@@ -125,13 +126,6 @@ def build(cfg):
     return PixelCNN(GatedStack(cfg.width, cfg.depth, cfg.layer))
 
 
-def histogram_bits(images, test_images):                         # uint8 [N,3,H,W] each -> bits per dimension
-    x, y = (t.flatten(1).long() for t in (images, test_images))  # [N,P], P = 3HW
-    place = torch.arange(x.shape[1], device=x.device)            # [P], each with a histogram of its own
-    counts = 1 + (256 * place + x).flatten().bincount(minlength=256 * len(place)).view(-1, 256)      # [P,256]
-    return -(counts / counts.sum(1, keepdim=True)).log2()[place, y].mean().item()
-
-
 @torch.no_grad()
 def draw_rows(method, images, first=0):                          # uint8 [B,3,H,W], rows drawn from `first` on
     x = images.clone()
@@ -148,8 +142,9 @@ def main(cfg):
     data = load_data(cfg, run.device)
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, method)
-    reference = {"uniform": 8., "histogram": histogram_bits(data.images, data.test_images)}
-    model = run.start(method, data, reference, optimizer)
+    train, test = (x.flatten(1).long() for x in (data.images, data.test_images))         # [N,3HW] each
+    histogram = histogram_nats(train, test, 256) / math.log(2)
+    model = run.start(method, data, {"uniform": 8., "histogram": histogram}, optimizer)
 
     for step, index in run.steps(len(data.images)):
         x = data.images[index]                                   # [B,3,H,W] uint8
@@ -168,7 +163,7 @@ def main(cfg):
         "completed": draw_rows(method, x, half), "all drawn": draw_rows(method, x)})
     with torch.no_grad():                                        # the last part may be smaller
         bits = sum(len(x) * method(normalise(x)).item() for x in data.test_images.split(100))
-    return run.finish(layers=True, bits=bits / len(data.test_images), bits_histogram=reference["histogram"])
+    return run.finish(layers=True, bits=bits / len(data.test_images), bits_histogram=histogram)
 
 
 if __name__ == "__main__":

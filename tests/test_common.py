@@ -22,7 +22,7 @@ from torch import nn
 import common
 from common import Config, cosine, features, knn, linear_probe, load_data, make_optimizer, parse, spread
 from kernels.encoders import Attention, create_encoder, resize_positions, sincos_positions
-from kernels.evaluation import patches_by_word
+from kernels.evaluation import histogram_nats, patches_by_word
 from kernels.toys import toys
 from kernels.views import normalise
 
@@ -627,6 +627,17 @@ def test_patches_by_word_are_the_places_nearest_to_it():
     assert patches.shape == (8, 3, 12, 12) and patches.dtype == torch.uint8
     found = [[i for i in range(24) if torch.equal(known[i], p)] for p in patches]
     assert all(len(f) == 1 for f in found) and len({f[0] for f in found}) == 8  # eight images
+
+
+def test_histogram_baselines_by_hand():
+    """Place 0 is always token 1, place 1 is 0, 0, 2 in three images; three tokens, each counted once more."""
+    train, test = torch.tensor([[1, 0], [1, 0], [1, 2]]), torch.tensor([[1, 2], [0, 0]])
+    by_hand = -sum(math.log(n / 6) for n in (4, 2, 1, 3)) / 4
+    assert histogram_nats(train, test, 3) == pytest.approx(by_hand, rel=1e-5)
+    by_hand = -sum(math.log(n / 9) for n in (4, 2, 3, 3)) / 4    # unigram: counts 2, 3, 1, and one each
+    assert histogram_nats(train.view(-1, 1), test.view(-1, 1), 3) == pytest.approx(by_hand, rel=1e-5)
+    noise = torch.randint(256, (20_000, 12))                     # no histogram of noise is better than none
+    assert 0 < histogram_nats(noise[:10_000], noise[10_000:], 256) - math.log(256) < .05
 
 
 def test_spread_by_hand():

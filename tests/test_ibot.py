@@ -3,7 +3,6 @@ import copy
 import math
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,19 +164,6 @@ def test_attmask_hides_the_top_the_bottom_or_leaves_a_hint():
     assert not (hint & ~high).any() and (shown.sum(1) == 3).all()        # .1 of a share of .3
     assert shown.gather(1, order[:, :10]).sum(1).eq(3).all()             # of the top tenth,
     assert len(shown.gather(1, order[:, :10]).unique(dim=0)) > 20        # any of it
-
-
-def test_blocks():
-    """Within the budget, a large one nearly spent; by one block or by more."""
-    rng, spent, rectangles = np.random.default_rng(0), 0, []
-    for budget in [18, 70] * 60:
-        mask = ibot.block_mask(14, budget, rng)
-        y, x = np.nonzero(mask.numpy())
-        assert mask.sum() <= budget
-        if len(y):
-            rectangles.append(mask[y.min():y.max() + 1, x.min():x.max() + 1].all().item())
-        spent += mask.sum().item() * (budget == 70)
-    assert spent / 60 > 65 and .1 < np.mean(rectangles) < .5
 
 
 # ---- the loop

@@ -28,27 +28,6 @@ def pixels(*shape):
 
 # ---- colours
 
-def test_kmeans_finds_clusters_and_lowers_the_distance():
-    torch.manual_seed(0)
-    true = torch.tensor([[0., 0., 0.], [9., 0., 0.], [0., 9., 0.], [0., 0., 9.]])
-    x = true.repeat(50, 1) + .1 * torch.randn(200, 3)
-    found = min((igpt.kmeans(x, 4) for _ in range(5)), key=lambda c: torch.cdist(x, c).amin(1).sum())
-    d = torch.cdist(found, true)
-    assert (d.amin(1) < .1).all() and len(d.argmin(1).unique()) == 4
-    x = torch.rand(500, 3)
-    costs = []
-    for n in (0, 1, 10):
-        torch.manual_seed(1)
-        costs.append(torch.cdist(x, igpt.kmeans(x, 16, n)).amin(1).square().sum())
-    assert costs[2] < costs[1] < costs[0]
-
-
-def test_kmeans_by_hand_and_an_empty_cluster_stays(monkeypatch):
-    x = torch.tensor([[0.], [0.], [1.], [10.]])
-    monkeypatch.setattr(torch, "randperm", lambda n: torch.tensor([0, 1, 3, 2]))
-    assert igpt.kmeans(x, 3, 1).flatten().tolist() == pytest.approx([1 / 3, 0, 10])
-
-
 def test_tokens_are_the_nearest_colours_in_reading_order():
     """Centres are in [-1,1]: black -1, white 1; and back to pixels."""
     encoder = small(k=3, size=2).encoder
@@ -188,15 +167,6 @@ def test_bert_hides_its_share_and_nothing_hidden_costs_nothing():
 def test_unknown_objective():
     with pytest.raises(SystemExit, match="--objective gan is unknown: give ar or bert"):
         igpt.build(igpt.Config(objective="gan"))
-
-
-def test_histogram_baselines_by_hand():
-    """Place 0 is always token 1, place 1 is 0, 0, 2 in three images; three tokens, each counted once more."""
-    train, test = torch.tensor([[1, 0], [1, 0], [1, 2]]), torch.tensor([[1, 2], [0, 0]])
-    by_hand = -sum(math.log(n / 6) for n in (4, 2, 1, 3)) / 4
-    assert igpt.histogram_nats(train, test, 3) == pytest.approx(by_hand, rel=1e-5)
-    by_hand = -sum(math.log(n / 9) for n in (4, 2, 3, 3)) / 4    # unigram: counts 2, 3, 1, and one each
-    assert igpt.histogram_nats(train.view(-1, 1), test.view(-1, 1), 3) == pytest.approx(by_hand, rel=1e-5)
 
 
 # ---- drawing

@@ -115,17 +115,6 @@ def test_loss_is_the_mean_of_minus_log2_p_of_each_value():
     assert method(normalise(x)).item() == pytest.approx(sum(bits) / len(bits), rel=1e-5)
 
 
-def test_histogram_baseline_by_hand():
-    """Two places: 7 in all of 4 images, and 0, 0, 0, 9; 256 are added to the 4 counts."""
-    x = torch.tensor([[7, 0], [7, 0], [7, 0], [7, 9]], dtype=torch.uint8).view(4, 1, 1, 2)
-    test = torch.tensor([[7, 9], [1, 0]], dtype=torch.uint8).view(2, 1, 1, 2)
-    by_hand = [5, 2, 1, 4]                                       # counts of 7, 9, 1, 0, each once more
-    bits = -sum(math.log2(n / 260) for n in by_hand) / 4
-    assert pixelcnn.histogram_bits(x, test) == pytest.approx(bits, rel=1e-5)
-    noise = pixels(20_000, 3, 2, 2)
-    assert 8 < pixelcnn.histogram_bits(noise[:10_000], noise[10_000:]) < 8.05
-
-
 # ---- drawing
 
 def test_what_is_drawn_has_the_likelihood_of_training(monkeypatch):

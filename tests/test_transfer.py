@@ -46,8 +46,9 @@ def test_before_fine_tuning_stand_the_runs_own_figures(run, monkeypatch, capsys)
 
 
 def test_what_is_no_run_is_named(tmp_path):
-    for break_it in (lambda: None, lambda: (tmp_path / "result.json").write_text('{"method": "mae"')):
-        break_it()
+    for text in (None, '{"method": "mae"', '[]', '{"method": "maee", "flags": {}}', '{"method": "mae"}'):
+        if text:
+            (tmp_path / "result.json").write_text(text)
         with pytest.raises(SystemExit, match="is no folder of a finished run"):
             transfer.pretrained(tmp_path)
 
