@@ -14,7 +14,7 @@ Ramesh et al. Zero-Shot Text-to-Image Generation. ICML 2021, arXiv 2102.12092.
 Good at: pre-training for fine-tuning; no texture to paint. Not at: what the tokenizer does not tell apart.
 
 Run      python methods/beit.py
-         linear 28.5 ± 3.0 % (untrained 13.7; each seed at least +11), k-NN 21.1 ± 1.8 (11.7); untimed
+         linear 28.0 ± 3.1 % (untrained 13.7; each seed at least +11), k-NN 21.8 ± 1.7 (11.7); 75 s on 2 cores
 Differs  a small dVAE of this file and of the same data, for DALL-E's; no stochastic depth; the keys' bias,
          which softmax cancels, stays; no jitter of colours; the probe sees the mean of the patches.
 """

@@ -13,7 +13,8 @@ Good at: exact likelihoods of small images. Not at: speed, a sample takes 3HW pa
 first layer get better, deeper ones are about the next value alone and worse than before training.
 
 Run      python methods/pixelcnn.py
-         5.43 ± .10 bits per dimension (histogram 7.67); linear 43.6 ± 2.5 % (untrained 36.4); untimed
+         5.43 ± .10 bits per dimension (histogram 7.67); 72 s on 2 cores
+         linear 42.2 ± 1.4 % (untrained 36.5; each seed at least +3), k-NN 12.8 ± 0.7 (14.1), no better
 Differs  the head sees the last layer only; no classes to condition on; images are flipped at random; the
          quick run is small, at 12 x 12 pixels, with AdamW.
 """
