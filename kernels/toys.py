@@ -99,7 +99,7 @@ def toys(n=20_000, seed=0, size=32, objects=1, frames=1, jitter=.22, small=.24, 
         cell = rand(0, 1, m, grid ** 2, 1, 1).argsort(1)[:, :k]
         centre = (torch.cat([cell % grid, cell // grid], 3) + .5 + rand(-jitter, jitter, m, k, 1, 2)) / grid
         centre = centre + rand(-.06, .06, m, k, 1, 2) * time              # [m,K,T,2]
-        if frames > 1:
+        if frames > 1 or k > 1:
             centre = 1 - half - ((centre - half) % (2 - 4 * half) - 1 + 2 * half).abs()
         dx, dy = x - centre[..., :1, None], y - centre[..., 1:, None]
         turn, mirror = tilt * torch.randn(m, k, 1, 1, 1, generator=g), rand(0, 1, m, k, 1, 1, 1) < flip / 2
