@@ -3,11 +3,14 @@
     python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2, or --seed K
     python results/table.py rotnet,simclr [--flags]          the same of these
     python results/table.py variants-NAME:rotnet [--flags]   the same into that file, compared by command
-    python results/table.py pictures         draw toys.png, copy what the runs with seed 0 have drawn
+    python results/table.py logs             run each method that has no log yet with seed 0, keep its log
+    python results/table.py curves           draw curves.png from the logs
+    python results/table.py pictures         that, toys.png, what the runs with seed 0 have drawn, gallery.png
     python results/table.py                  write the tables between the marks in README.md
 
 A line of results/<data>.jsonl is a run's result.json with its command, commit and machine; nothing else gets
-into a table. Its seconds do not where the run did not have the machine for itself.
+into a table. Its seconds do not where the run did not have the machine for itself. A log's first line is the
+same about its run, then comes what was logged. papers.json has what the papers say, and where that was read.
 """
 import ast
 import json
@@ -17,40 +20,45 @@ import re
 import statistics
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBES = ["k-NN, %", "linear, %", "untrained: k-NN, linear", "linear by layer"]
-COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES]
+COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES[:3]]
+LOGS = ROOT / "results/logs"
 
-PICTURES = dict(                                                 # of the runs with seed 0
-    mae="mae-toys-seed0/reconstructions", rotnet="rotnet-toys-seed0/attention",
-    simclr="simclr-toys-seed0/neighbours",
-    video_colorization="video_colorization-toys-objects=3-frames=6-n=4000-seed0/carried",
-    exemplar_cnn="exemplar_cnn-toys-seed0/distortions",
-    context_prediction="context_prediction-toys-n=10000-seed0/alike",
-    jigsaw="jigsaw-toys-n=8000-seed0/puzzles", colorization="colorization-toys-seed0/colours",
-    split_brain="split_brain-toys-seed0/told", context_encoder="context_encoder-toys-seed0/painted",
-    barlow_twins="barlow_twins-toys-seed0/correlation", vicreg="vicreg-toys-seed0/covariance",
-    dino="dino-toys-grey-seed0/attention", swav="swav-toys-grey-seed0/prototypes",
-    bownet="bownet-toys-seed0/words", ibot="ibot-toys-grey-seed0/masks", beit="beit-toys-seed0/words",
-    simmim="simmim-toys-seed0/reconstructions", pixelcnn="pixelcnn-toys-n=4000-noise=0-seed0/samples",
-    igpt="igpt-toys-n=6000-noise=0-seed0/completions", igpt_layers="igpt-toys-n=6000-noise=0-seed0/layers")
+GROUPS = {
+    "Early pretext tasks": "exemplar_cnn context_prediction colorization context_encoder jigsaw split_brain "
+                           "rotnet video_colorization",
+    "Contrastive": "instdisc moco simclr",
+    "Self-distillation": "byol simsiam dino ibot",
+    "Clustering and redundancy reduction": "swav barlow_twins vicreg",
+    "Bags of visual words": "bownet obow",
+    "Masked image modelling": "beit mae simmim",
+    "Generative": "pixelcnn igpt",
+    "Objects": "slot_attention dinosaur spot",                   # these have no k-NN, and another table
+    "With labels, the bound": "supervised"}
 
 
 def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@cache
 def methods():
-    """(name, title, year, idea, lines) of each method, by year; from the first line of its docstring."""
-    rows = []
+    """{name: (title, year, idea, lines)} of each method, by year; from the first line of its docstring."""
+    rows = {}
     for file in (ROOT / "methods").glob("*.py"):
         text = file.read_text()
         first = re.match(r"(.+?) \((\d{4})\): (.+)\.\n", ast.get_docstring(ast.parse(text)))
-        rows.append((file.stem, first[1], int(first[2]), first[3], len(text.splitlines())))
-    return sorted(rows, key=lambda row: (row[2], row[1]))
+        rows[file.stem] = first[1], int(first[2]), first[3], len(text.splitlines())
+    return dict(sorted(rows.items(), key=lambda row: (row[1][1], row[1][0])))
+
+
+def grouped():
+    """(group, name) of each method that has one, by group and year; transfer.py has none."""
+    return [(group, name) for group, names in GROUPS.items() for name in methods() if name in names.split()]
 
 
 def head(columns):
@@ -81,25 +89,66 @@ def by_layer(rows):
     return ", ".join(f"{now[k]:.0f} ({before[k]:.0f})" for k in now)
 
 
+def probes(rows):
+    """The cells of k-NN, linear, both before training, and by layer; blank for a method that has none."""
+    if "knn" not in rows[0]:
+        return [""] * len(PROBES)
+    before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
+    return [*(mean(r[key] for r in rows) for key in ("knn", "linear")), before, by_layer(rows)]
+
+
 def table(file):
-    """The table of a results file: mean and standard deviation over the seeds."""
-    results, lines = read(file), head(COLUMNS)
+    """The table of a results file, by group: mean and standard deviation over the seeds."""
+    results, toys, spent = [r for r in read(file) if "knn" in r], file.stem == "toys", 0
+    papers = json.loads((ROOT / "results/papers.json").read_text())
+    lines = head(COLUMNS + ["in the paper, not here"] * toys)
     if not results:
         return "Not measured yet."
-    for name, title, year, idea, length in methods():
+    for group, name in grouped():
         rows = [r for r in results if r["method"] == name]
         if not rows:
             continue
+        if (title := f"| **{group}** {'| ' * (len(COLUMNS) + toys - 1)}|") not in lines:
+            lines.append(title)
+        title, *about = methods()[name]
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
-        seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
-        knn, linear = (mean(r[key] for r in rows) for key in ("knn", "linear"))
-        before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
-        lines.append(f"| [{title}](methods/{name}.py) | {year} | {idea} | {length} | {seconds} "
-                     f"| {knn} | {linear} | {before} | {by_layer(rows)} |")
+        spent += statistics.mean(quiet) * len(rows) if quiet else 0
+        cells = [f"[{title}](methods/{name}.py)", *about, f"{statistics.mean(quiet):.0f}" if quiet else ""]
+        cells += probes(rows)[:3] + [paper(papers, name)] * toys
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     pixels = results[0]["pixels"]
     lines.append(f"\nPixels, reduced to 16 x 16: k-NN {pixels['knn']:.1f}, linear {pixels['linear']:.1f}.")
-    lines.append(source(file))
-    return "\n".join(lines)
+    lines.append(f"The runs whose seconds are shown were trained for {spent / 60:.0f} minutes in all, data, "
+                 "evaluation and pictures not counted.")
+    return "\n".join([*lines, source(file)])
+
+
+def paper(papers, name):
+    """The cell with the paper's own figure."""
+    one = papers.get(name, dict(figure="", arxiv=""))
+    return f"[{one['figure']}](https://arxiv.org/abs/{one['arxiv']})" if one["arxiv"] else one["figure"]
+
+
+def layers_table(file):
+    """The linear probe of each layer, before training in brackets, of the methods that probe them."""
+    found = {name: by_layer([r for r in read(file) if r["method"] == name]) for _, name in grouped()}
+    found = {name: layers.split(", ") for name, layers in found.items() if layers}
+    most = max(map(len, found.values()), default=0)
+    lines = head(["layer", *map(str, range(1, most + 1))])
+    for name, layers in found.items():
+        lines.append(f"| {' | '.join([methods()[name][0], *layers, *[''] * (most - len(layers))])} |")
+    return "\n".join([*lines, "", source(file)])
+
+
+def curves_shown(folder):
+    """The picture of the logs, and where they come from."""
+    logs = [read(file)[0] for file in sorted(folder.glob("*.jsonl"))]
+    if not logs or not (ROOT / "results/curves.png").exists():
+        return "Not measured yet."
+    machines = " and ".join(dict.fromkeys(log["machine"] for log in logs))
+    return ("![Loss, its reference values, and k-NN over the steps of each method](results/curves.png)\n\n"
+            f"Seed 0 alone. {machines}, torch {logs[0]['torch']};\nthe command and the commit of each run "
+            "are in the first line of its log, `results/logs/<method>.jsonl`.")
 
 
 def variants_table(file):
@@ -118,13 +167,11 @@ def variants_table(file):
     own |= {k: 0 for k in ("z_std", "z_rank", "perplexity") if "collapse" in file.name}
     lines = head(["command", "loss", *(k.replace("_", " ") for k in own), *PROBES])
     for command, rows in groups.items():
-        before = ", ".join(mean(r["untrained"][key] for r in rows) for key in ("knn", "linear"))
         cells = [f"`{command}`", mean((r["loss"] for r in rows), 3)]
         for k in own:
             digits = next(d for d, above in ((1, 10), (2, 2), (3, -1)) if rows[0].get(k, 0) > above)
             cells.append(mean((r[k] for r in rows), digits) if k in rows[0] else "")
-        cells += [mean(r[k] for r in rows) for k in ("knn", "linear")]
-        lines.append(f"| {' | '.join([*cells, before, by_layer(rows)])} |")
+        lines.append(f"| {' | '.join(cells + probes(rows))} |")
     return "\n".join(lines + ["", source(file)])
 
 
@@ -145,11 +192,13 @@ def kernel_table(file):
 
 
 def readme(text):
-    """`text` with the table of each results file between its marks."""
+    """`text` with the table of each results file, or another view of it, between its marks."""
+    views = dict(kernels=kernel_table, variants=variants_table, logs=curves_shown)
+
     def fill(m):
-        how = dict(kernels=kernel_table, variants=variants_table).get(m[2][8:].split("-")[0], table)
-        return f"{m[1]}{how(ROOT / m[2])}\n{m[3]}"
-    return re.sub(r"(<!-- (results/[\w.=-]+\.jsonl) -->\n).*?(<!-- end -->)", fill, text, flags=re.S)
+        how = layers_table if m[3] else views.get(m[2][8:].split("-")[0], table)
+        return f"{m[1]}{how(ROOT / m[2])}\n{m[4]}"
+    return re.sub(r"(<!-- (results/[\w.=-]+)( layers)? -->\n).*?(<!-- end -->)", fill, text, flags=re.S)
 
 
 def machine():
@@ -185,36 +234,58 @@ def run_all(names, flags):
 
 def run_one(command, file, results):
     """Run it; the newest of the `results` that it may have written becomes a line of `file`."""
-    print("python", *command, flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    row = json.loads(max(results, key=lambda f: f.stat().st_mtime).read_text())
-    row |= dict(command=" ".join(["python", *command]), **origin())
+    result, row = train(command, results)
     if os.getloadavg()[1] > os.cpu_count() + 1 or "OMP_NUM_THREADS" in os.environ:
         row["busy"] = True                                       # five minutes' load, or fewer threads
     with open(file, "a") as f:
         f.write(json.dumps(row) + "\n")
+    if file.name == "toys.jsonl" and command[1:] == ["--seed", "0"]:
+        keep_log(result, row)
 
 
-def pictures():
-    sys.path.insert(0, str(ROOT))
-    from PIL import Image
+def train(command, results):
+    """Run it -> the newest of `results`, and what is in it with the command, the commit and the machine."""
+    print("python", *command, flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    result = max(results, key=lambda f: f.stat().st_mtime)
+    return result, json.loads(result.read_text()) | dict(command=" ".join(["python", *command]), **origin())
 
-    from common import save_grid
-    from kernels.toys import CLASSES, toys
-    calm = toys(400, seed=5, size=64, small=.3, contrast=.25, noise=.01)
-    save_grid(ROOT / "results/toys.png", {name: calm["images"][calm["labels"] == i][:12]
-                                          for i, name in enumerate(CLASSES)})
-    Image.open(ROOT / "results/toys.png").convert("RGB").quantize(256).save(ROOT / "results/toys.png")
-    for name, picture in PICTURES.items():
-        if (file := ROOT / f"runs/{picture}.png").exists():
-            Image.open(file).convert("RGB").save(ROOT / f"results/{name}.png", optimize=True)
+
+def keep_log(result, row):
+    """results/logs/<method>.jsonl: where it comes from and what the loss is read against, then the log."""
+    def short(values):
+        return {k: v if k == "step" else float(f"{v:.4g}") for k, v in values.items() if k != "seconds"}
+
+    first = {k: row[k] for k in ("command", "commit", "machine", "torch")}
+    lines = [first | dict(reference=short(row["reference"])), *map(short, read(result.parent / "log.jsonl"))]
+    LOGS.mkdir(exist_ok=True)
+    (LOGS / f"{row['method']}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def logs():
+    """Seed 0 of each method that has no log -> those that failed. The results files stay as they are."""
+    failed = []
+    for name in (name for _, name in grouped() if not (LOGS / f"{name}.jsonl").exists()):
+        try:
+            keep_log(*train([f"methods/{name}.py", "--seed", "0"],
+                            (ROOT / "runs").glob(f"{name}-*-seed0/result.json")))
+        except Exception as error:                               # the others go on
+            print(f"{name} failed: {error}", flush=True)
+            failed.append(name)
+    return failed
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["pictures"]:
-        pictures()
-    elif sys.argv[1:]:
-        names = [name for name, *_ in methods() if name != "transfer"]
-        run_all(names if sys.argv[1] == "all" else sys.argv[1].split(","), sys.argv[2:])
+    what, failed = sys.argv[1:2], []
+    if what in (["logs"], ["curves"], ["pictures"]):
+        import pictures
+        failed = logs() if what == ["logs"] else []
+        if what == ["pictures"]:
+            pictures.pictures()
+        pictures.curves()
+    elif what:
+        run_all([name for _, name in grouped()] if what == ["all"] else what[0].split(","), sys.argv[2:])
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text()))
+    if failed:
+        sys.exit("no log of " + ", ".join(failed))
