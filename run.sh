@@ -2,7 +2,8 @@
 #   ./run.sh                         train a masked autoencoder, offline, two minutes on two cores
 #   ./run.sh METHOD [--flags]        train any method: ./run.sh simclr --data cifar10; ./run.sh simclr --help
 #   ./run.sh test [pytest's flags]   all tests
-#   ./run.sh all [--flags]           every method with seeds 0, 1, 2 into results/, then the README's table
+#   ./run.sh all [--flags]           every method with seeds 0, 1, 2 into results/, what is missing, then table
+#   ./run.sh table                   write the README's tables from results/
 #   ./run.sh bench [FILE ...]        how fast the kernels are; without a GPU, what is fast on a CPU too
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -20,9 +21,10 @@ fi
 case ${1:-mae} in
     test) shift; cd "$here" && exec "$python" -m pytest "$@" ;;
     all) shift; exec "$python" "$here/results/table.py" all "$@" ;;
+    table) exec "$python" "$here/results/table.py" ;;
     bench) shift; "$python" "$here/results/bench.py" "$@" && exec "$python" "$here/results/table.py" ;;
     *)  [ -f "$here/methods/${1:-mae}.py" ] || {
-            echo "run.sh: there is no ${1}. Give test, all, bench, or a method:" $(cd "$here/methods" && ls -- *.py | sed 's/\.py$//')
+            echo "run.sh: there is no ${1}. Give test, all, table, bench, or a method:" $(cd "$here/methods" && ls -- *.py | sed 's/\.py$//')
             exit 2
         }
         exec "$python" "$here/methods/${1:-mae}.py" "${@:2}" ;;
