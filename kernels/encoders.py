@@ -75,6 +75,21 @@ class ResNet(nn.Module):
         return self.layers(x)[-1].mean((2, 3))
 
 
+class Convolutions(nn.Sequential):
+    """Plain convolutions with ReLU, the first with a stride: the encoder of slot attention (2006.15055)."""
+    def __init__(self, width=64, kernel=5, stride=1, depth=4):
+        convs = [nn.Conv2d(width if i else 3, width, kernel, 1 if i else stride, kernel // 2)
+                 for i in range(depth)]
+        super().__init__(*[layer for conv in convs for layer in (conv, nn.ReLU())])
+        self.dim = width
+
+    def layers(self, x):                                         # [B,3,S,S] -> [B,C,h,h], in a list
+        return [super().forward(x)]
+
+    def forward(self, x):                                        # [B,3,S,S] -> [B,C]
+        return self.layers(x)[-1].mean((2, 3))
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()

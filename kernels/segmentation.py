@@ -14,6 +14,7 @@ overlap are no matter for a truth of labels: what is visible counts.
 """
 import torch
 import torch.nn.functional as F
+from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -72,3 +73,24 @@ def scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
     n = shared_pixels(predicted, truth)
     n = n[n[:, 1:].sum((1, 2)) > 0]
     return {f.__name__: f(n).mean().item() for f in (ari, fg_ari, mbo, miou)}
+
+
+def blocks(k: int, size: int) -> Tensor:
+    """What needs no eyes: [1,size,size] cut into a x b equal blocks, the most square with a b <= k."""
+    a, at = int(k ** .5), torch.arange(size)
+    return (at * a // size * (k // a))[:, None][None] + at * (k // a) // size
+
+
+def compare(found: dict[str, Tensor], truth: Tensor) -> dict[str, float]:
+    """ARI, FG-ARI and mBO side by side of soft masks [B,K,H,W], or of one partition [1,H,W] of all images."""
+    rows = {}
+    for who, masks in found.items():
+        p = (masks.argmax(1) if masks.ndim == 4 else masks).to(truth.device).expand_as(truth)
+        rows |= {f"{metric}, {who}": value for metric, value in scores(p, truth).items() if metric != "miou"}
+    return rows
+
+
+def clusters(h: Tensor, k: int) -> Tensor:
+    """Masks [B,K,N] by k-means of the features [B,N,C] of each image alone: what needs no learning."""
+    y = [torch.from_numpy(kmeans2(one.numpy(), k, minit="++", seed=0)[1]) for one in h.double().cpu()]
+    return F.one_hot(torch.stack(y).long(), k).mT.to(h.device)

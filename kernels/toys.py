@@ -79,8 +79,9 @@ def toys(n=20_000, seed=0, size=32, objects=1, frames=1, jitter=.22, small=.24, 
     """n images, scenes (objects > 1: 2..objects toys) or clips (frames > 1) as images uint8 [n,T,3,S,S],
     masks uint8 [n,T,S,S] (0 = ground, k+1 = what is visible of toy k), labels [n,K] (-1 = no toy), centres
     [n,T,K,2] and camera motion since frame 0 [n,T,2], (x, y) in sides, y down: the ground moves by -motion.
-    Stills have no T, single toys' labels no K. Half sizes small..large are in sides (x .45 in scenes, < .5
-    in clips); rho: how often hues are the class's; parts=False: one vivid hue a toy; grey: plain grey ground.
+    Stills have no T, single toys' labels no K. jitter: how far from the middle of its cell, in cells
+    (in scenes 1 is anywhere); half sizes small..large are in sides (x .45 in scenes, < .5 in clips); rho: how
+    often hues are the class's; parts=False: one vivid hue a toy; grey: plain grey ground.
     The same call gives the same bits; another n gives other images."""
     g, grid, out = torch.Generator().manual_seed(seed), math.ceil(objects ** .5), []
 

@@ -24,6 +24,7 @@ PICTURES = dict(                                                 # of the runs w
     dino="dino-toys-grey-seed0/attention", swav="swav-toys-grey-seed0/prototypes",
     bownet="bownet-toys-seed0/words", obow="obow-toys-seed0/words", ibot="ibot-toys-grey-seed0/masks",
     beit="beit-toys-seed0/words", simmim="simmim-toys-seed0/reconstructions",
+    slot_attention="slot_attention-toys-objects=3-jitter=1-small=.4-grey-parts=0-seed0/slots",
     pixelcnn="pixelcnn-toys-n=4000-noise=0-seed0/samples",
     igpt="igpt-toys-n=6000-noise=0-seed0/completions", igpt_layers="igpt-toys-n=6000-noise=0-seed0/layers")
 ROWS = dict(mae=(0, 1), rotnet=(0, 2), colorization=(0, 3), video_colorization=(0, 1), context_encoder=(0, 2),

@@ -140,6 +140,22 @@ def layers_table(file):
     return "\n".join([*lines, "", source(file)])
 
 
+def objects_table(file):
+    """The scores of masks of scenes, a line for each kind of mask: kernels.segmentation.compare."""
+    lines = head(["method", "masks of", "ARI", "FG-ARI", "mBO", "lines", "seconds"])
+    for _, name in grouped():
+        rows = [r for r in read(file) if r["method"] == name and any(k.startswith("fg_ari, ") for k in r)]
+        quiet = [r["seconds"] for r in rows if not r.get("busy")]
+        title, year, _, length = methods()[name]
+        seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
+        first = [f"[{title}](methods/{name}.py), {year}", length, seconds]
+        for who in (k.removeprefix("fg_ari, ") for k in (rows or [{}])[0] if k.startswith("fg_ari, ")):
+            scores = [mean((r[f"{metric}, {who}"] for r in rows), 2) for metric in ("ari", "fg_ari", "mbo")]
+            lines.append(f"| {' | '.join(map(str, [first[0], who, *scores, *first[1:]]))} |")
+            first = [""] * 3
+    return "\n".join([*lines, "", source(file)])
+
+
 def curves_shown(folder):
     """The picture of the logs, and where they come from."""
     logs = [read(file)[0] for file in sorted(folder.glob("*.jsonl"))]
@@ -193,12 +209,14 @@ def kernel_table(file):
 
 def readme(text):
     """`text` with the table of each results file, or another view of it, between its marks."""
-    views = dict(kernels=kernel_table, variants=variants_table, logs=curves_shown)
+    views = dict(kernels=kernel_table, variants=variants_table, logs=curves_shown, layers=layers_table,
+                 objects=objects_table)
 
     def fill(m):
-        how = layers_table if m[3] else views.get(m[2][8:].split("-")[0], table)
+        how = views.get((m[3] or m[2][8:]).split("-")[0].strip(), table)
         return f"{m[1]}{how(ROOT / m[2])}\n{m[4]}"
-    return re.sub(r"(<!-- (results/[\w.=-]+)( layers)? -->\n).*?(<!-- end -->)", fill, text, flags=re.S)
+    marks = r"(<!-- (results/[\w.=-]+)( layers| objects)? -->\n).*?(<!-- end -->)"
+    return re.sub(marks, fill, text, flags=re.S)
 
 
 def machine():

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import common
+import kernels.slots
 from kernels.attention import attention
+from kernels.slot_attention import slot_attention
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(f.stem for f in (ROOT / "methods").glob("*.py"))
@@ -16,8 +18,9 @@ sys.path.insert(0, str(ROOT / "methods"))
 
 
 def load(name):
-    """With plain attention, not in Triton's interpreter: the kernel has tests of its own."""
+    """With plain attention, not in Triton's interpreter: the kernels have tests of their own."""
     module = importlib.import_module(name)
+    kernels.slots.slot_attention = partial(slot_attention, impl="reference")
     if hasattr(module, "attention"):
         module.attention = partial(attention, impl="reference")
     return module

@@ -5,7 +5,19 @@ import math
 import pytest
 import torch
 
-from kernels.segmentation import IGNORE, ari, fg_ari, mbo, miou, scores, shared_pixels
+from kernels.segmentation import (
+    IGNORE,
+    ari,
+    blocks,
+    clusters,
+    compare,
+    fg_ari,
+    mbo,
+    miou,
+    scores,
+    shared_pixels,
+)
+from kernels.toys import toys
 
 
 def random_masks(seed, b=6, h=5, w=7, t=3, k=4):
@@ -108,3 +120,34 @@ def test_images_without_objects_are_left_out():
     assert scores(predicted, truth) == pytest.approx(known)
     assert list(known) == ["ari", "fg_ari", "mbo", "miou"]
     assert all(math.isfinite(v) for v in known.values())
+
+
+def test_blocks_are_the_most_square_grid():
+    four = blocks(4, 8)[0]
+    assert four[0].tolist() == [0] * 4 + [1] * 4 and four[:, 0].tolist() == [0] * 4 + [2] * 4
+    for k, there in ((1, 1), (2, 2), (5, 4), (6, 6), (7, 6), (9, 9)):
+        assert blocks(k, 36).unique().tolist() == list(range(there))
+
+
+def test_clusters_find_what_is_apart():
+    where = torch.randint(3, (2, 50), generator=torch.Generator().manual_seed(0))
+    h = 10 * torch.eye(3, 4)[where] + .1 * torch.randn(2, 50, 4, generator=torch.Generator().manual_seed(1))
+    found = clusters(h, 3)
+    assert found.shape == (2, 3, 50) and (found.sum(1) == 1).all()
+    assert ari(shared_pixels(found.argmax(1)[:, None], where[:, None])).tolist() == [1, 1]
+
+
+def test_compare_scores_each_beside_the_others():
+    truth = blocks(4, 8).expand(2, -1, -1)                       # 0 is background, three objects
+    perfect = torch.nn.functional.one_hot(truth, 5).movedim(3, 1).float()
+    rows = compare({"masks": perfect, "whole": torch.zeros(1, 8, 8)}, truth)
+    assert rows["ari, masks"] == rows["fg_ari, masks"] == rows["mbo, masks"] == 1
+    assert rows["ari, whole"] == rows["fg_ari, whole"] == 0 and rows["mbo, whole"] == .25
+    assert len(rows) == 6
+
+
+def test_a_grid_tells_toys_apart_only_where_toys_stand_on_one():
+    """Why scenes for slots have jitter=1: else FG-ARI is near 1 for a cut into quarters that sees nothing."""
+    for jitter, low, high in ((.22, .95, 1.), (1., .35, .6)):
+        truth = toys(200, 1, objects=3, jitter=jitter, grey=True)["masks"]
+        assert low < compare({"blocks": blocks(4, 32)}, truth)["fg_ari, blocks"] < high

@@ -15,6 +15,7 @@ OTHERS = [ROOT / "common.py", *(ROOT / "results").glob("*.py"), *(ROOT / "tests"
 ALL = METHODS + KERNELS + OTHERS
 ALLOWED = {"torch", "triton", "einops", "numpy", "pytest", "hypothesis", "PIL", "scipy", "tqdm", "matplotlib"}
 OWN = {"common", "kernels"}
+NEED = ("views.py", "slots.py")                                  # augment.py, slot_attention.py
 LOOP = [r"for step, index in run\.steps\(len\(data\.images\)\):", r"x(, y)? = data\.images\[index\]",
         r"set_lr\(optimizer, cosine\(step, run\.total, cfg\.lr, warmup=cfg\.warmup\)\)",
         r"with run\.autocast\(\):", r"loss = model\(", r"optimizer\.zero_grad\(\)",
@@ -74,11 +75,11 @@ def test_the_method_is_one_class_that_uses_nothing_of_common(file):
 
 @pytest.mark.parametrize("file", METHODS + KERNELS + [ROOT / "common.py"], ids=name)
 def test_imports(file):
-    own = {"kernels"} if file.name in ("common.py", "views.py") else set() if file in KERNELS else OWN
+    own = {"kernels"} if file.name in ("common.py", *NEED) else set() if file in KERNELS else OWN
     assert set(imports(file)) <= set(sys.stdlib_module_names) | ALLOWED | own
 
 
-@pytest.mark.parametrize("file", [f for f in KERNELS if f.name != "views.py"], ids=name)   # draws for augment
+@pytest.mark.parametrize("file", [f for f in KERNELS if f.name not in NEED], ids=name)
 def test_a_kernel_file_works_alone(file, tmp_path):
     shutil.copy(file, tmp_path)
     subprocess.run([sys.executable, "-c", f"import {file.stem}"], cwd=tmp_path, check=True)

@@ -100,6 +100,12 @@ def test_tilt_turns_without_stretching():
     assert (flat != tilted).float().mean() > .02
 
 
+def test_toys_of_a_scene_stay_inside():
+    d = toys(200, 5, objects=3, jitter=1.5)
+    assert d["centres"].min() >= .45 * .24 - 1e-6 and d["centres"].max() <= 1 - .45 * .24 + 1e-6
+    assert d["centres"].std() > .2                               # anywhere, not on a grid
+
+
 def test_clip_paths_and_bounces():
     d = toys(200, 5, objects=3, frames=16)
     step = d["centres"].diff(dim=1)                                       # [n,T-1,K,2]

@@ -1,0 +1,144 @@
+"""Slot Attention (2020): slots compete for pixels, each paints its own.
+
+Locatello, Weissenborn, Unterthiner, Mahendran, Heigold, Uszkoreit, Dosovitskiy, Kipf. Object-Centric Learning
+with Slot Attention. NeurIPS 2020, arXiv 2006.15055.
+
+    x [B,3,S,S] --encoder--> [B,C,h,h] --+ places, norm, MLP--> [B,N,C] --T rounds--> slots [B,K,D] (kept)
+      |                                                                             each alone, on a grid |
+      '--loss: squares--> sum of masks x rgb [B,3,S,S] <--softmax over K-- [B,K,4,S,S] <--decoder---------'
+
+Good at: parting scenes of things of one colour on plain ground, without a label. Not at: textures, where
+colour tells no things apart (see dinosaur.py); few steps, for at first all slots are alike.
+
+Run      python methods/slot_attention.py
+Differs  positions in the decoder count from each slot's centre of attention, as in Invariant Slot Attention
+         (Biza et al., ICML 2023, arXiv 2302.04973), which learns from far fewer images; --no-relative counts
+         from the corner, as the paper does. AdamW and a cosine for Adam and a halving rate; gradients are
+         clipped; in the quick run 3 x 3 convolutions, a decoder of 1 x 1 ones on a 16 x 16 grid, two rounds.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
+import common
+from common import Run, cosine, load_data, make_optimizer, parse, set_lr
+from kernels.decoders import Broadcast, axes, quadratic
+from kernels.encoders import Convolutions
+from kernels.segmentation import blocks, compare
+from kernels.slots import Slots, coloured, complaints, enlarge, glorot, monitors
+from kernels.views import denormalise, normalise, views
+
+
+@dataclass
+class Config(common.Config):
+    data: str = "toys:objects=3,jitter=1,small=.4,grey,parts=0"  # toys of two objects and more
+    encoder: str = "convolutions"  # the only choice: see width, kernel, stride
+    steps: int = 4000              # optimisation steps
+    batch_size: int = 8            # images a step, all processes together
+    lr: float = 2e-3               # peak learning rate: linear warm-up, then half a cosine to 0
+    weight_decay: float = 0.       # on weights and tokens, not on biases and norms
+    clip: float = 1.               # largest norm of the gradient; 0 is any
+    k: int = 4                     # number K of slots
+    dim: int = 32                  # width D of a slot
+    rounds: int = 3                # rounds T of the competition
+    width: int = 32                # channels of encoder and decoder
+    kernel: int = 5                # side of the encoder's convolutions
+    depth: int = 2                 # how many
+    stride: int = 2                # of the first of them
+    grid: int = 16                 # side of the decoder's grid
+    up: int = 0                    # its deconvolutions of 5 x 5, stride 2; without, 1 x 1 and enlarged
+    relative: bool = True          # the decoder's positions count from the slot's centre
+
+
+# Official code, CLEVR6: rate 4e-4, warm-up 10,000 of 500,000 steps.
+PAPER = dict(image_size=128, steps=500_000, batch_size=64, lr=4e-4, warmup=.02, clip=0., k=7, width=64,
+             dim=64, depth=4, stride=1, grid=8, up=4, relative=False)
+
+
+class SlotAttention(nn.Module):
+    """encoder: has .dim and .layers(images [B,3,S,S]), a list of maps, the last [B,dim,h,h]."""
+
+    def __init__(self, encoder, decoder, k=4, d=64, rounds=2, relative=True):
+        super().__init__()
+        c = encoder.dim
+        self.encoder, self.decoder, self.relative, self.place = encoder, decoder, relative, nn.Linear(5, c)
+        self.mlp = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c))
+        self.slots = Slots(k, c, d, rounds)
+        glorot(self)
+
+    def parts(self, x):                      # [B,3,S,S] -> rgb [B,K,3,S,S], masks [B,K,1,S,S], a [T,B,K,N]
+        h = self.encoder.layers(x)[-1]                           # [B,C,h,h]
+        at = axes(h.shape[2]).to(h.device)                       # [N,2]
+        s, a = self.slots(self.mlp(h.flatten(2).mT + self.place(quadratic(at))))
+        w = (a[-1] + 1e-6) / (a[-1] + 1e-6).sum(2, keepdim=True)         # [B,K,N]
+        out = self.decoder(s, w @ at if self.relative else torch.zeros_like(s[..., :2])).float()
+        self.s = s.flatten(0, 1)                                 # [BK,D]
+        return out[:, :, :3], out[:, :, 3:].softmax(1), a
+
+    def forward(self, v):                                        # [B,3,S,S] -> loss
+        rgb, masks, _ = self.parts(v)
+        self.masks = masks.detach()[:, :, 0]                     # [B,K,S,S]
+        return F.mse_loss((masks * rgb).sum(1), v)
+
+
+def build(cfg):
+    decoder = Broadcast(cfg.dim, cfg.width, cfg.grid, cfg.up, cfg.image_size)
+    encoder = Convolutions(cfg.width, cfg.kernel, cfg.stride, cfg.depth)
+    return SlotAttention(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.relative)
+
+
+@torch.no_grad()
+def segment(method, images):                                     # uint8 [n,3,S,S] -> masks, a [n,K,S,S]
+    out = [method.eval().parts(normalise(x))[1:] for x in images.split(100)]
+    a = enlarge(torch.cat([a[-1] for _, a in out]), images.shape[3])
+    return torch.cat([m[:, :, 0] for m, _ in out]), a
+
+
+@torch.no_grad()
+def picture(method, images):
+    rgb, masks, a = method.eval().parts(normalise(images))
+    whole, size, k = denormalise((masks * rgb).sum(1)), images.shape[3], masks.shape[1]
+    rows = {"x": images, "painted": whole}
+    rows |= {f"slot {i + 1}": masks[:, i] * denormalise(rgb[:, i]) + 1 - masks[:, i] for i in range(k)}
+    rows |= {f"attention, round {t}": coloured(enlarge(y, size).argmax(1)) for t, y in enumerate(a, 1)}
+    return rows | {"masks": coloured(masks[:, :, 0].argmax(1))}
+
+
+def main(cfg):
+    run = Run(cfg, __file__)
+    data = load_data(cfg, run.device)
+    method = build(cfg).to(run.device)
+    optimizer = make_optimizer(cfg, method)
+    test = data.test_images[:500]
+    before, spread = segment(method, test)[0], normalise(test).var((0, 2, 3)).mean().item()
+    model = run.start(method.train(), data, {"mean colour": spread}, optimizer)
+
+    for step, index in run.steps(len(data.images)):
+        x = data.images[index]                                   # [B,3,S,S] uint8
+        set_lr(optimizer, cosine(step, run.total, cfg.lr, warmup=cfg.warmup))
+        v = views(x, scale=None, p_jitter=0, grey=0)
+        with run.autocast():
+            loss = model(v)
+        optimizer.zero_grad()
+        run.finite(loss).backward()
+        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip or float("inf"))
+        optimizer.step()
+        run.log(loss, slots=method.s, **monitors(method.masks))
+
+    common.save_grid(run.folder / "slots.png", picture(method, test[:10]))
+    masks, a = segment(method, test)
+    for text in complaints(masks):
+        run.print(f"WARNING: {text}")
+    if data.test_masks is None:
+        return run.finish()
+    found = dict(masks=masks, attention=a, untrained=before, blocks=blocks(cfg.k, test.shape[3]))
+    return run.finish(**compare(found, data.test_masks[:500]))
+
+
+if __name__ == "__main__":
+    main(parse(Config, PAPER))
