@@ -1,5 +1,5 @@
-"""How good features are: weighted k-NN, a linear probe, two numbers that name collapse; visual words,
-and the likelihood of a histogram."""
+"""How good features are: weighted k-NN, linear probes of images and of places, two numbers that name
+collapse; visual words, and the likelihood of a histogram."""
 import math
 
 import torch
@@ -17,13 +17,21 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float =
     return torch.cat(predictions)
 
 
+def some_of_each_class(labels: Tensor, share: float) -> Tensor:
+    """Indices [n] of a random share of each class, at least one of it, ascending."""
+    parts = [(labels == y).nonzero()[:, 0] for y in labels.unique().tolist()]
+    parts = [p[torch.randperm(len(p), device=p.device)[:math.ceil(share * len(p))]] for p in parts]
+    return torch.cat(parts).sort().values
+
+
 @torch.enable_grad()
-def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
+def logits_of(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
     """Logistic regression on standardised features: mean cross-entropy + l2/2 |W|^2, convex, by full-batch
-    L-BFGS, so there is no learning rate to tune. -> classes [M]"""
+    L-BFGS, so there is no learning rate to tune. y: classes [N], or the share of each [N,K]. -> [M,K]"""
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
-    w = torch.zeros(x.shape[1] + 1, int(y.max()) + 1, device=x.device, requires_grad=True)  # last row: bias
+    k = y.shape[1] if y.ndim > 1 else int(y.max()) + 1
+    w = torch.zeros(x.shape[1] + 1, k, device=x.device, requires_grad=True)      # last row: bias
     solver = torch.optim.LBFGS([w], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss():
@@ -32,7 +40,29 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tens
         value.backward()
         return value
     solver.step(loss)
-    return torch.addmm(w[-1], x_test, w[:-1]).argmax(1).detach()
+    return torch.addmm(w[-1], x_test, w[:-1]).detach()
+
+
+def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
+    return logits_of(x, y, x_test, l2).argmax(1)                 # classes [M]
+
+
+def dense_probe(a: Tensor, y: Tensor, a_test: Tensor, y_test: Tensor, l2: float = 1e-3) -> float:
+    """Semantic segmentation by one linear layer on maps a [N,D,h,w], y [N,H,W] the class of each pixel: it
+    learns the share of each class in each cell; its logits are enlarged bilinearly. -> mIoU of a_test"""
+    k = int(max(y.max(), y_test.max())) + 1
+    shares = torch.stack([F.adaptive_avg_pool2d((y == c).float(), a.shape[2:]) for c in range(k)], 1)
+    rows = [m.movedim(1, 3).flatten(0, 2) for m in (a, shares, a_test)]  # [N*h*w,D], [N*h*w,K], [M*h*w,D]
+    z = logits_of(*rows, l2).view(len(a_test), *a_test.shape[2:], k).movedim(3, 1)       # [M,K,h,w]
+    return class_iou(F.interpolate(z, y_test.shape[1:], mode="bilinear").argmax(1), y_test, k)
+
+
+def class_iou(predicted: Tensor, truth: Tensor, k: int) -> float:
+    """mIoU of class maps [M,H,W], values 0..k-1: the mean over the classes that are in either, each over the
+    pixels of all images together, as PASCAL VOC counts."""
+    n = (k * truth.long() + predicted).flatten().bincount(minlength=k * k).view(k, k)    # pixels: truth, told
+    union = n.sum(0) + n.sum(1) - n.diag()                       # [K]
+    return (n.diag() / union)[union > 0].mean().item()
 
 
 @torch.no_grad()

@@ -1,17 +1,15 @@
 """Transfer (2022): frozen features and fine-tuning, with few labels.
 
-The lecture's second stage. A network that learned without labels is given some: its frozen features are
-classified by k-NN and by a linear probe, then all of it is trained further, deep layers faster than shallow.
+A network that learned without labels is probed as it is; then it learns from labels, deep layers faster.
 
 He, Chen, Xie, Li et al. Masked Autoencoders Are Scalable Vision Learners. CVPR 2022, arXiv 2111.06377, A.1.
 Layer-wise decay: Clark et al., ICLR 2020, arXiv 2003.10555; 1 and 10 % of the labels: SimCLR, 2002.05709.
 
-    --run FOLDER --> its encoder, pre-trained --frozen--> h [n,D] --> k-NN, linear probe
-    or nothing: untrained                     '--v [B,3,H,W]--> h [B,D] --linear--> [B,classes] <--loss-- y
-                                                   layer i of L at decay^(L+1-i) of the rate
+    --run FOLDER, --weights FILE --frozen--> h [n,D] --> k-NN, linear probe; a probe of each layer
+    or neither, from scratch   |      '--> last map [n,D,h,w] --linear, enlarged--> [n,K,H,W] --> mIoU
+                               '--v [B,3,H,W]--> h [B,D] --linear--> [B,classes] <--loss-- y
 
-Good at: telling what pre-training is worth, against the same network from scratch. Not at: comparing networks
-of different size.
+Good at: telling what pre-training is worth, beside the same network from scratch. Not at: comparing networks.
 
 Run      python methods/transfer.py --run runs/mae-toys-seed0 --labels .1
          seed 0 alone: 48.2 % fine-tuned, 37.9 frozen and probed; from scratch 41.5
@@ -22,7 +20,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,13 +31,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any 
 import common
 from common import Run, cosine, load_data, make_encoder, parse, set_lr
 from kernels.encoders import read_checkpoint
+from kernels.evaluation import dense_probe, some_of_each_class
 from kernels.views import normalise, views
 
 
 @dataclass
 class Config(common.Config):
-    run: str = ""                  # folder of a finished run: its data and encoder; else --encoder, untrained
+    run: str = ""                  # folder of a finished run: its data and encoder; else --encoder, --weights
+    cls: bool = False              # without --run: a ViT's [CLS] token, not the mean of its patches
     labels: float = 1.             # share of the labelled images, of each class
+    probes: bool = True            # of every layer, and of the places of the last map
     steps: int = 300               # optimisation steps
     batch_size: int = 64           # images a step, all processes together
     weight_decay: float = .05      # on weights and tokens, not on biases and norms
@@ -69,21 +70,16 @@ class Transfer(nn.Module):
         return self.eval().classifier(self.encoder(x)).argmax(1)
 
 
-def scratch(cfg):
-    return make_encoder(cfg, **dict(pool="mean") if cfg.encoder.startswith("vit") else {})
+def build(cfg, encoder=None, classes=10):
+    vit = dict(pool="cls" if cfg.cls else "mean") if cfg.encoder.startswith("vit") else {}
+    return Transfer(encoder or make_encoder(cfg, **vit), classes, cfg.smoothing)
 
 
-def build(cfg):
-    return Transfer(scratch(cfg), smoothing=cfg.smoothing)
-
-
-def pretrained(folder):                                          # -> its encoder, what the run was given
-    """The encoder of a finished run, built by the run's own method."""
+def pretrained(folder):                                          # of a finished run -> encoder, its flags
     try:
         result = json.loads((folder / "result.json").read_text())
         module = importlib.import_module(result["method"])       # in the folder of this file
-        known = {f.name for f in fields(module.Config)}
-        cfg = module.Config(**{k: v for k, v in result["flags"].items() if k in known})
+        cfg = module.Config(**{k: v for k, v in result["flags"].items() if hasattr(module.Config, k)})
         encoder = module.build(cfg).encoder
         encoder.load_state_dict(read_checkpoint(folder / "encoder.pt"), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as e:
@@ -91,9 +87,13 @@ def pretrained(folder):                                          # -> its encode
     return encoder.requires_grad_(True), cfg
 
 
-def some_of_each_class(labels, share):                           # [N] -> [n]
-    parts = [(labels == y).nonzero()[:, 0] for y in labels.unique().tolist()]
-    return torch.cat([p[torch.randperm(len(p), device=p.device)[:math.ceil(share * len(p))]] for p in parts])
+@torch.no_grad()
+def dense(encoder, data, n=2000):                                # -> mIoU of the last map of n images
+    def places(images, masks, labels):                           # -> [n,D,h,w], classes [n,H,W], 0 = ground
+        a = torch.cat([encoder.eval().layers(normalise(x))[-1].float() for x in images.split(100)])
+        return a, (masks > 0) * (1 + labels[:, None, None])
+    return dense_probe(*places(data.images[:n], data.masks[:n], data.labels[:n]),
+                       *places(data.test_images, data.test_masks, data.test_labels))
 
 
 def by_layer(method, decay, weight_decay):                       # -> parameter groups, each with its scale
@@ -109,20 +109,19 @@ def by_layer(method, decay, weight_decay):                       # -> parameter 
 
 
 def main(cfg):
-    folder = Path(cfg.run).expanduser()
-    encoder, source = pretrained(folder) if cfg.run else (None, cfg)
+    encoder, source = pretrained(Path(cfg.run).expanduser()) if cfg.run else (None, cfg)
     if cfg.run:                                                  # the same data and network
-        cfg.out, cfg.weights, cfg.encoder = str(folder), str(folder / "encoder.pt"), source.encoder
+        cfg.out, cfg.weights, cfg.encoder = cfg.run, f"{cfg.run}/encoder.pt", source.encoder
         cfg.data, cfg.data_dir, cfg.image_size = source.data, source.data_dir, source.image_size
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     if data.labels is None:
         common.fail(f"--data {cfg.data} has no labels, without which there is no transfer")
     chosen = some_of_each_class(data.labels, cfg.labels)
-    data = data._replace(images=data.images[chosen], labels=data.labels[chosen])
-    method = Transfer(encoder or scratch(cfg), len(data.classes), cfg.smoothing).to(run.device)
-    groups = by_layer(method, cfg.decay if cfg.weights else 1., cfg.weight_decay)
-    optimizer = torch.optim.AdamW(groups, cfg.lr)
+    masks = None if data.masks is None else data.masks[chosen]
+    data = data._replace(images=data.images[chosen], labels=data.labels[chosen], masks=masks)
+    method = build(cfg, encoder, len(data.classes)).to(run.device)
+    optimizer = torch.optim.AdamW(by_layer(method, cfg.decay ** bool(cfg.weights), cfg.weight_decay), cfg.lr)
     model = run.start(method, data, {"ln classes": math.log(len(data.classes))}, optimizer)
 
     for step, index in run.steps(len(data.images)):
@@ -139,10 +138,11 @@ def main(cfg):
         run.log(loss, h=method.h)
 
     predicted = torch.cat([method.predict(normalise(x)) for x in data.test_images.split(500)])
-    rows = {name: data.test_images[predicted == i][:10] for i, name in enumerate(data.classes[:10])}
-    rows = {name: x for name, x in rows.items() if len(x)}
-    common.save_grid(run.folder / "predictions.png", rows, "test images by predicted class")
-    return run.finish(labelled=len(chosen), accuracy=common.percent(predicted, data.test_labels))
+    result = dict(labelled=len(chosen), accuracy=common.percent(predicted, data.test_labels))
+    probes = cfg.probes and hasattr(method.encoder, "layers")
+    if probes and masks is not None:
+        result |= dict(miou=dense(method.encoder, data), miou_untrained=dense(run.untrained, data))
+    return run.finish(layers=probes, **result)
 
 
 if __name__ == "__main__":

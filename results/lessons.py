@@ -3,6 +3,7 @@
     python results/lessons.py matrix                  SimCLR's Figure 5, pairs of transformations
     python results/lessons.py batch_sizes [--seed K]  SimCLR and MoCo, 32 to 1,024 images a step; seeds 0 1 2
     python results/lessons.py mask_ratio [--seed K]   MAE's Figure 5: what is hidden, 25 to 90 %
+    python results/lessons.py label_efficiency [--seed K]    fine-tuned and from scratch, 1 to 100 % of labels
     python results/lessons.py attmask [--seed K]      iBOT: what is hidden, of 5 to 100 % of the images
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
@@ -22,6 +23,8 @@ from table import ROOT, origin, read, run_all, run_one
 SIZES, IMAGES, RATE = (32, 64, 128, 256, 512, 1024), 89_600, 1e-3
 METHODS = dict(simclr="SimCLR", moco="MoCo v2")
 RATIOS = .25, .5, .75, .9
+SHARES = ".01", ".03", ".1", ".3", "1"
+STARTS = dict(rotnet="RotNet", simclr="SimCLR", bownet="BoWNet")         # all three train a resnet_small
 
 
 def flags(size):
@@ -29,11 +32,25 @@ def flags(size):
     return ["--batch_size", str(size), "--steps", str(round(IMAGES / size)), "--lr", lr]
 
 
-def bars(axis, found, label):
+def bars(axis, found, label, **style):
     """found: {x: values over the seeds}: mean and deviation."""
     x, values = zip(*sorted(found.items()), strict=True)
     spread = [statistics.stdev(v) if v[1:] else 0. for v in values]
-    axis.errorbar(x, list(map(statistics.mean, values)), spread, marker="o", capsize=3, label=label)
+    style = dict(marker="o", capsize=3) | style
+    axis.errorbar(x, list(map(statistics.mean, values)), spread, label=label, **style)
+
+
+def once(words, file, folder):
+    """Run the command if it has no line in `file`; it writes into runs/`folder`."""
+    if " ".join(["python", *words]) not in [r["command"] for r in read(file)]:
+        run_one(words, file, [ROOT / "runs" / folder / "result.json"])
+
+
+def tune(start, share, seed, file, *more):
+    """Fine-tune a run, or train an encoder from scratch, with a share of the labels."""
+    folder = start[1].removeprefix("runs/") + "/" if start[0] == "--run" else ""
+    words = ["methods/transfer.py", *start, "--labels", share, *more, "--seed", seed]
+    once(words, file, f"{folder}transfer-toys-seed{seed}")
 
 
 def draw(rows, path):
@@ -61,19 +78,13 @@ def batch_sizes(seeds):
 
 def mask_ratio(seeds):
     """Pre-train at each ratio, probe, fine-tune with a tenth of the labels; and the same from scratch."""
-    file, labels = ROOT / "results/variants-mask_ratio.jsonl", ["--labels", ".1"]
+    file = ROOT / "results/variants-mask_ratio.jsonl"
     for seed in seeds[1:] or ["0", "1", "2"]:
-        done, end = [r["command"] for r in read(file)], ["--seed", seed]
-        scratch = ["methods/transfer.py", "--encoder", "vit_micro", *labels, *end]
-        if "python " + " ".join(scratch) not in done:
-            run_one(scratch, file, (ROOT / "runs").glob(f"transfer-toys-seed{seed}/result.json"))
+        tune(["--encoder", "vit_micro"], ".1", seed, file)
         for ratio in map(str, RATIOS):
-            run = ROOT / f"runs/mae-mask_ratio={ratio}"
-            train = ["methods/mae.py", "--mask_ratio", ratio, "--out", str(run.relative_to(ROOT)), *end]
-            tune = ["methods/transfer.py", "--run", f"{train[4]}/mae-toys-seed{seed}", *labels, *end]
-            for command, results in ((train, "mae-*"), (tune, "mae-*/transfer-*")):
-                if "python " + " ".join(command) not in done:
-                    run_one(command, file, run.glob(f"{results}-seed{seed}/result.json"))
+            out, run = f"runs/mae-mask_ratio={ratio}", f"mae-mask_ratio={ratio}/mae-toys-seed{seed}"
+            once(["methods/mae.py", "--mask_ratio", ratio, "--out", out, "--seed", seed], file, run)
+            tune(["--run", f"runs/{run}"], ".1", seed, file)
     draw_ratios(read(file), ROOT / "results/mask_ratio.png")
 
 
@@ -91,6 +102,41 @@ def draw_ratios(rows, path):
     scratch = statistics.mean(r["accuracy"] for r in rows if "--encoder" in r["command"])
     axis.axhline(scratch, color="grey", ls=":", label="from scratch")
     axis.set(xlabel="share of the patches that is hidden", ylabel="%, with 10 % of the labels", xticks=RATIOS)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def label_efficiency(seeds):
+    """Fine-tune the networks of the first table's runs with ever more labels; and the same from scratch."""
+    file = ROOT / "results/variants-labels.jsonl"
+    for seed in seeds[1:] or ["0", "1", "2"]:
+        starts = [["--encoder", "resnet_small"]]
+        for name in STARTS:
+            starts.append(["--run", f"runs/{name}-toys-seed{seed}"])
+            if not (ROOT / starts[-1][1] / "encoder.pt").exists():
+                subprocess.run([sys.executable, f"methods/{name}.py", "--seed", seed], cwd=ROOT, check=True)
+        for start in starts:
+            for share in SHARES:
+                tune(start, share, seed, file, *["--no-probes"] * (share != "1"))
+    draw_labels(read(file), ROOT / "results/labels.png")
+
+
+def draw_labels(rows, path):
+    """Accuracy over the number of labels: fine-tuned, from scratch, and a linear probe of frozen features."""
+    from matplotlib.figure import Figure
+    figure = Figure((5.5, 3.6), layout="tight")
+    axis = figure.subplots()
+    for i, (name, title) in enumerate((STARTS | dict(resnet_small="from scratch")).items()):
+        tuned, frozen = {}, {}
+        for r in (r for r in rows if re.search(rf"(runs/|--encoder ){name}\b", r["command"])):
+            tuned.setdefault(r["labelled"], []).append(r["accuracy"])
+            frozen.setdefault(r["labelled"], []).append(r["untrained"]["linear"])
+        if tuned:
+            style = dict(color=f"C{i}") if name in STARTS else dict(color="black", ls=":")
+            bars(axis, tuned, title, **style)
+            bars(axis, frozen, None, **style, marker="", capsize=0, lw=.7)
+    axis.set_xscale("log")
+    axis.set(xlabel="labels", ylabel="% of the test images; thin: linear probe, frozen")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -138,7 +184,7 @@ def matrix():
 
 
 if __name__ == "__main__":
-    lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, attmask)}
+    lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, label_efficiency, attmask)}
     if sys.argv[1:2] in (["matrix"], ["inpainting"]):
         dict(matrix=matrix, inpainting=inpainting)[sys.argv[1]]()
     elif sys.argv[1:] and sys.argv[1] in lessons:

@@ -174,7 +174,8 @@ def variants_table(file):
         return "Not measured yet."
     names = {r["method"] for r in results}
     for r in [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + results:
-        groups.setdefault(re.sub(r" --seed \d+", "", r["command"]), []).append(r)
+        command = re.sub(r"-seed\d+", "-seed0", re.sub(r" --seed \d+", "", r["command"]))       # of --run
+        groups.setdefault(command, []).append(r)
     own = {}                                                     # in a row: ..., untrained, own, loss, ...
     for one in (list(rows[0].items()) for rows in groups.values()):
         names = [k for k, _ in one]

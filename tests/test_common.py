@@ -22,7 +22,7 @@ from torch import nn
 import common
 from common import Config, cosine, features, knn, linear_probe, load_data, make_optimizer, parse, spread
 from kernels.encoders import Attention, create_encoder, resize_positions, sincos_positions
-from kernels.evaluation import histogram_nats, patches_by_word
+from kernels.evaluation import class_iou, dense_probe, histogram_nats, logits_of, patches_by_word
 from kernels.toys import toys
 from kernels.views import normalise
 
@@ -611,6 +611,40 @@ def test_linear_probe_does_not_depend_on_units():
     x, y, x_test = rand(200, 6), torch.arange(200) % 4, rand(500, 6, seed=1)
     unit = 2. ** torch.arange(-3, 3)
     assert linear_probe(x * unit, y, x_test * unit).equal(linear_probe(x, y, x_test))
+
+
+def test_shares_of_the_classes_count_as_so_many_rows():
+    """Half a row of each class is the same as both rows; one class alone is its number."""
+    x, x_test, y = rand(120, 4), rand(50, 4, seed=1), torch.arange(120) % 3
+    other = (rand(120, seed=2) > 0).long()
+    shares = (F.one_hot(y, 3) + F.one_hot(other, 3)) / 2
+    twice = logits_of(x.repeat(2, 1), torch.cat([y, other]), x_test)
+    # the deviation of x divides by N - 1, with every row twice by 2 N - 1
+    torch.testing.assert_close(logits_of(x, shares, x_test), twice, rtol=0, atol=.01)
+    assert twice.std() > .1 and logits_of(x, F.one_hot(y, 3).float(), x_test).shape == (50, 3)
+    torch.testing.assert_close(logits_of(x, F.one_hot(y, 3).float(), x_test), logits_of(x, y, x_test))
+
+
+def test_class_iou_by_hand():
+    """Over the pixels of both images together: class 0 has 3 of 5, class 1 has 1 of 3, class 2 has 1 of 2,
+    class 3 is nowhere, class 4 is told where it is not."""
+    truth = torch.tensor([[[0, 0], [0, 1]], [[0, 1], [2, 2]]], dtype=torch.uint8)
+    told = torch.tensor([[[0, 0], [1, 1]], [[0, 0], [2, 4]]])
+    assert class_iou(told, truth, 5) == pytest.approx((3 / 5 + 1 / 3 + 1 / 2 + 0) / 4)
+    assert class_iou(truth.long(), truth, 9) == 1.
+
+
+def test_dense_probe_by_hand():
+    """What can be told from the place's own features is told, at the right place; the borders between cells
+    are in the middle; a map that tells nothing gives every pixel the class with the largest share."""
+    y = torch.randint(3, (40, 3, 5), generator=torch.Generator().manual_seed(0))     # [N,h,w]
+    a = torch.cat([4 * F.one_hot(y, 3).movedim(3, 1), rand(40, 2, 3, 5)], 1)         # [N,5,h,w]
+    assert dense_probe(a[:30], y[:30].byte(), a[30:], y[30:].byte()) == 1.
+    cells = torch.tensor([[[0, 1]], [[1, 0]], [[0, 0]], [[1, 1]]])       # [4,1,2], of 4 x 4 pixels
+    large = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)        # [4,4,8]
+    assert dense_probe(cells[:, None].float(), large, cells[:, None].float(), large) == 1.
+    three = torch.tensor([[[0, 2], [2, 2]]]).repeat(4, 1, 2)     # [4,2,4], cells of 2 x 2: 3 of 4 are class 2
+    assert dense_probe(torch.ones(4, 7, 1, 2), three, torch.ones(4, 7, 1, 2), three) == .75 / 2
 
 
 def test_patches_by_word_are_the_places_nearest_to_it():

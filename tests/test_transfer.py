@@ -1,9 +1,11 @@
-"""Transfer: whose encoder it is, which labels it has, which layer learns how fast."""
+"""Transfer: whose encoder it is, which labels it has, which layer learns how fast, what is probed."""
+import importlib
 import json
 
 import pytest
 import torch
-from running import load, train
+import torch.nn.functional as F
+from running import ROOT, load, train
 
 import common
 from kernels.encoders import create_encoder
@@ -37,12 +39,62 @@ def test_before_fine_tuning_stand_the_runs_own_figures(run, monkeypatch, capsys)
     result = transfer.main(cfg)
     before = json.loads((run / "result.json").read_text())
     assert result["labelled"] == 100 and 0 <= result["accuracy"] <= 100
-    assert abs(result["untrained"]["linear"] - before["linear"]) <= 1    # another order, to rounding
-    assert result["untrained"]["knn"] == before["knn"] and "before training" in capsys.readouterr().out
+    assert result["untrained"] == {k: before[k] for k in ("knn", "linear")}
+    assert "before training" in capsys.readouterr().out
+    assert list(result["layers"]) == [f"layer {i}" for i in (1, 2, 3, 4)]
     assert (run / "transfer-toys-n=100-seed0" / "result.json").exists()
     files = run / "encoder.pt", run / "transfer-toys-n=100-seed0" / "encoder.pt"
     weights = [torch.load(file, weights_only=True)["norm.weight"] for file in files]
     assert not torch.equal(*weights)
+
+
+def test_every_layer_is_probed_before_and_after(run):
+    """The frozen one as common does it for a pre-trained encoder, on the labels that were chosen."""
+    flags = "--run", str(run), "--steps", "2", "--batch_size", "20", "--labels", ".5"
+    result = transfer.main(common.parse(transfer.Config, transfer.PAPER, [*flags]))
+    data = common.load_data(common.Config(data="toys:n=100", image_size=16))
+    torch.manual_seed(0)
+    encoder, _ = transfer.pretrained(run)
+    torch.manual_seed(0)
+    chosen = transfer.some_of_each_class(data.labels, .5)
+    few = data._replace(images=data.images[chosen], labels=data.labels[chosen])
+    assert result["labelled"] == 50 == len(few.images)
+    maps = [encoder.eval().layers(normalise(x)) for x in (few.images, data.test_images)]
+    for i, pair in enumerate(zip(*maps, strict=True), 1):
+        cells = [F.adaptive_avg_pool2d(a.detach(), 2).flatten(1) for a in pair]
+        told = result["layers"][f"layer {i}"]["untrained"]["linear"]
+        assert told == pytest.approx(common.probe(*cells, few)["linear"], abs=1)
+
+
+def test_the_dense_probe_sees_the_class_of_each_pixel(run, monkeypatch):
+    """Maps of the frozen encoder, ground 0, toy of class c: c + 1, of at most n images."""
+    seen = []
+    monkeypatch.setattr(transfer, "dense_probe", lambda *a: seen.extend(a) or .5)
+    data = common.load_data(common.Config(data="toys:n=100", image_size=16))
+    encoder, _ = transfer.pretrained(run)
+    assert transfer.dense(encoder.train(), data, n=70) == .5
+    a, y, a_test, y_test = seen
+    torch.testing.assert_close(a, encoder.eval().layers(normalise(data.images[:70]))[-1].detach())
+    assert a.shape == (70, 128, 8, 8) and a_test.shape == (100, 128, 8, 8) and not a.requires_grad
+    assert len(y) == 70 and len(y_test) == 100
+    for told, masks, labels in ((y, data.masks, data.labels), (y_test, data.test_masks, data.test_labels)):
+        for t, m, c in zip(told, masks, labels.tolist(), strict=False):
+            assert torch.equal(t, (m > 0) * (c + 1)) and t.max() == c + 1
+
+
+def test_places_are_told_better_by_the_pixels_than_by_chance(tmp_path, monkeypatch):
+    """dense() with an encoder that passes pixels on finds more than the ground; probes can be left out."""
+    class Pixels(torch.nn.Module):
+        def layers(self, x):
+            return [x, F.avg_pool2d(x, 2)]
+    data = common.load_data(common.Config(data="toys:n=400,grey", image_size=16))
+    ground = (data.test_masks == 0).float().mean().item() / 11   # what class 0 alone would have
+    assert ground < transfer.dense(Pixels(), data) < .5
+    flags = "--data toys:n=100 --image_size 16 --steps 1 --batch_size 50 --out".split()
+    results = [transfer.main(common.parse(transfer.Config, transfer.PAPER, [*flags, str(tmp_path), *more]))
+               for more in ([], ["--no-probes"])]
+    assert all(0 < results[0][k] < 1 for k in ("miou", "miou_untrained"))
+    assert "layers" not in results[1] and "miou" not in results[1] and results[0]["knn"] == results[1]["knn"]
 
 
 def test_what_is_no_run_is_named(tmp_path):
@@ -60,6 +112,41 @@ def test_a_share_of_the_labels_is_one_of_each_class():
     assert labels[chosen].bincount().tolist() == [5, 3, 0, 0, 0, 0, 0, 1] and len(chosen.unique()) == 9
     assert transfer.some_of_each_class(labels, 1.).sort().values.tolist() == list(range(89))
     assert transfer.some_of_each_class(labels, .1).tolist() != chosen.tolist()
+
+
+    assert transfer.some_of_each_class(labels, 1.).tolist() == list(range(89))
+
+
+def published(name, size, seed=0):
+    """A file as others publish it: torchvision's ResNet with fc, DINO's teacher with wrappers and a head."""
+    torch.manual_seed(seed)
+    state = create_encoder(name, size).state_dict()
+    if name.startswith("resnet"):
+        return state | {"fc.weight": torch.ones(1000, 512), "fc.bias": torch.ones(1000)}
+    teacher = {"backbone." + k: v for k, v in state.items()} | {"head.mlp.0.weight": torch.ones(8, 128)}
+    return dict(teacher=teacher, student=teacher, epoch=100)
+
+
+@pytest.mark.parametrize("name, size, more", [("resnet18", 64, []), ("vit_micro/4", 16, []),
+                                              ("vit_micro/4", 16, ["--cls"])])
+def test_published_weights_are_tuned_as_a_run_is(tmp_path, monkeypatch, capsys, name, size, more):
+    """They are what is probed before training, and layers learn at rates of their own."""
+    file, starts, start = tmp_path / "published.pth", [], common.Run.start
+    torch.save(published(name, size), file)
+    monkeypatch.setattr(common.Run, "start", lambda self, method, data, reference, optimizer: (
+        starts.append(optimizer), start(self, method, data, reference, optimizer))[1])
+    flags = ["--weights", str(file), "--encoder", name, "--image_size", str(size), "--data", "toys:n=100",
+             "--steps", "1", "--batch_size", "20", "--out", str(tmp_path), *more]
+    result = transfer.main(common.parse(transfer.Config, transfer.PAPER, flags))
+    assert len({g["scale"] for g in starts[0].param_groups}) == 6        # embedding, four layers, head
+    assert "before training" in capsys.readouterr().out and 0 < result["miou_untrained"] < 1
+    theirs = create_encoder(name, size, **dict(pool="cls" if more else "mean") if name != "resnet18" else {})
+    torch.manual_seed(0)
+    theirs.load_state_dict({k.removeprefix("backbone."): v for k, v in published(name, size).get(
+        "teacher", published(name, size)).items() if not k.startswith(("fc.", "head."))})
+    data = common.load_data(common.Config(data="toys:n=100", image_size=size))
+    own = common.probe(*(common.features(theirs, x) for x in (data.images, data.test_images)), data)
+    assert result["untrained"] == own
 
 
 def test_k_nn_probe_and_training_see_the_chosen_labels_alone(tmp_path, monkeypatch):
@@ -118,3 +205,62 @@ def test_flat_folders_are_refused(tmp_path):
     cfg = transfer.Config(data="toys:n=100,objects=2", image_size=16, out=str(tmp_path), batch_size=50)
     with pytest.raises(SystemExit, match="has no labels"):
         transfer.main(cfg)
+
+
+@pytest.fixture
+def lessons(tmp_path, monkeypatch):
+    """results/lessons.py with its commands written down, not run; a row for each."""
+    monkeypatch.syspath_prepend(ROOT / "results")
+    module, ran = importlib.import_module("lessons"), []
+    (tmp_path / "results").mkdir()
+
+    def run_one(words, file, results):
+        ran.append(words)
+        share = float(words[words.index("--labels") + 1])
+        row = dict(command=" ".join(["python", *words]), labelled=int(100 * share), accuracy=90 * share,
+                   untrained=dict(linear=50 * share))
+        with open(file, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        assert [r.parent.name for r in results] == [f"transfer-toys-seed{words[-1]}"]
+
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "run_one", run_one)
+    monkeypatch.setattr(module.subprocess, "run", lambda words, **o: ran.append(words[1:]))
+    return module, ran, tmp_path
+
+
+def test_label_efficiency_runs_what_is_missing_and_draws(lessons):
+    module, ran, root = lessons
+    module.label_efficiency(["--seed", "3"])
+    trained, tuned = ran[:len(module.STARTS)], ran[len(module.STARTS):]
+    assert trained == [[f"methods/{name}.py", "--seed", "3"] for name in module.STARTS]
+    assert len(tuned) == (1 + len(module.STARTS)) * len(module.SHARES)
+    for words in tuned:
+        cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
+        assert cfg.seed == 3 and bool(cfg.run) == ("--encoder" not in words)
+    assert (root / "results/labels.png").stat().st_size > 1000
+    file = root / "results/variants-labels.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:4] + lines[5:]) + "\n")  # the fifth of the runs is lost
+    for name in module.STARTS:
+        (root / f"runs/{name}-toys-seed3").mkdir(parents=True)
+        (root / f"runs/{name}-toys-seed3/encoder.pt").touch()
+    ran.clear()
+    module.label_efficiency(["--seed", "3"])
+    assert ran == [tuned[4]]
+
+
+def test_the_lessons_draw_the_means_over_the_seeds(lessons, monkeypatch):
+    """Fine-tuned and frozen, a line each per start; numbers of labels and means as in the rows."""
+    module, _, root = lessons
+    for seed in "01":
+        module.label_efficiency(["--seed", seed])
+    drawn = {}
+    monkeypatch.setattr(module, "bars", lambda axis, found, label, **style: (
+        axis.plot([], label=label), drawn.setdefault(label, found)))
+    rows = [json.loads(line) for line in (root / "results/variants-labels.jsonl").read_text().splitlines()]
+    rows[-1]["accuracy"] += 5                                    # the last start with all labels, seed 1
+    module.draw_labels(rows, root / "labels.png")
+    assert drawn["from scratch"] == {n: [pytest.approx(.9 * n)] * 2 for n in (1, 3, 10, 30, 100)}
+    assert set(drawn) == {"from scratch", None, *module.STARTS.values()}
+    assert drawn[list(module.STARTS.values())[-1]][100] == [90., 95.]
