@@ -37,7 +37,7 @@ from kernels.views import normalise, views
 
 @dataclass
 class Config(common.Config):
-    run: str = ""                  # folder of a finished run: its data and encoder; else --encoder, --weights
+    run: str = ""                  # folder of a finished run: its encoder, and its data if --data names none
     cls: bool = False              # without --run: a ViT's [CLS] token, not the mean of its patches
     labels: float = 1.             # share of the labelled images, of each class
     probes: bool = True            # of every layer, and of the places of the last map
@@ -100,9 +100,8 @@ def by_layer(method, decay, weight_decay):                       # -> parameter 
     """Layer i of L learns at decay^(L+1-i) of the rate: 0 is the embedding, L+1 the last norm, the head."""
     where = {}
     for name, p in method.named_parameters():
-        m = re.search(r"blocks\.(\d+)\.|layer(\d)\.", name)
-        behind = re.search(r"(^|encoder\.)(norm|classifier)\.", name)
-        where[p] = int(m[1] or int(m[2]) - 1) + 1 if m else math.inf if behind else 0
+        m = re.search(r"blocks\.(\d+)\.|layer(\d)\.|(^|encoder\.)(norm|classifier)\.", name)
+        where[p] = 0 if not m else math.inf if m[4] else int(m[1] or int(m[2]) - 1) + 1
     last = 1 + max(i for i in where.values() if i < math.inf)
     return [dict(params=[p], scale=decay ** (last - min(i, last)), weight_decay=weight_decay * (p.ndim > 1))
             for p, i in where.items()]
@@ -110,9 +109,10 @@ def by_layer(method, decay, weight_decay):                       # -> parameter 
 
 def main(cfg):
     encoder, source = pretrained(Path(cfg.run).expanduser()) if cfg.run else (None, cfg)
-    if cfg.run:                                                  # the same data and network
+    if cfg.run:                                                  # its data, unless --data names others
         cfg.out, cfg.weights, cfg.encoder = cfg.run, f"{cfg.run}/encoder.pt", source.encoder
-        cfg.data, cfg.data_dir, cfg.image_size = source.data, source.data_dir, source.image_size
+        cfg.data_dir, cfg.image_size = source.data_dir, source.image_size
+        cfg.data = source.data if cfg.data == Config.data else cfg.data
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     if data.labels is None:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from running import ROOT, load, train
+from running import METHODS, ROOT, load, train
 
 import common
 from kernels.encoders import create_encoder
@@ -30,6 +30,32 @@ def test_the_encoder_of_a_run_comes_back_with_its_features(run):
     saved = torch.load(run / "encoder.pt", weights_only=True)
     assert all(torch.equal(saved[name], p) for name, p in encoder.state_dict().items())
     assert all(p.requires_grad for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "transfer"])
+def test_a_run_of_any_method_is_taken_up(name, tmp_path):
+    """Its encoder comes back, has a map for the dense probe, and layers with rates of their own."""
+    module = load(name)
+    torch.save(module.build(module.Config()).encoder.state_dict(), tmp_path / "encoder.pt")
+    (tmp_path / "result.json").write_text(json.dumps(dict(method=name, flags={})))
+    encoder, cfg = transfer.pretrained(tmp_path)
+    method, size = transfer.Transfer(encoder), cfg.image_size
+    scales = {id(g["params"][0]): g["scale"] for g in transfer.by_layer(method, .5, .3)}
+    assert len(set(scales.values())) >= 5 and max(scales.values()) == 1
+    x = torch.randn(2, 3, size, size)
+    a = encoder.layers(x)[-1]
+    assert a.shape[0] == 2 and min(a.shape[2:]) >= 4             # [B,D,h,w]
+    method(x, torch.tensor([0, 1])).backward()
+    moving = [p for p in method.parameters() if p.grad is not None and p.grad.abs().max() > 0]
+    assert len({scales[id(p)] for p in moving}) >= (2 if name == "pixelcnn" else 4)      # features of layer 1
+
+
+def test_a_run_moves_to_other_data(run):
+    """Such as a run on clips, which have no labels: --data names images of the same size that have."""
+    flags = f"--run {run} --steps 1 --batch_size 20 --data toys:n=200,grey --no-probes".split()
+    result = transfer.main(common.parse(transfer.Config, transfer.PAPER, flags))
+    assert result["labelled"] == 200 and result["data"] == "toys:n=200,grey"
+    assert (run / "transfer-toys-n=200-grey-seed0" / "result.json").exists()
 
 
 def test_before_fine_tuning_stand_the_runs_own_figures(run, monkeypatch, capsys):
