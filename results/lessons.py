@@ -138,7 +138,10 @@ def draw_labels(rows, path):
             bars(axis, tuned, title, **style)
             bars(axis, frozen, None, **style, marker="", capsize=0, lw=.7)
     axis.set_xscale("log")
-    axis.set(xlabel="labels", ylabel="% of the test images; thin: linear probe, frozen")
+    ticks = sorted({r["labelled"] for r in rows})
+    axis.set(xlabel="labels", ylabel="accuracy, %", xticks=ticks, xticklabels=[f"{n:,}" for n in ticks])
+    axis.minorticks_off()
+    axis.set_title("fine-tuned; thin: linear probe of frozen features", fontsize=9)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
