@@ -5,6 +5,8 @@ Slot Attention (2006.15055). MLP: the same on patches, as in DINOSAUR (2209.1486
 softmax of their masks. Autoregressive: a transformer tells each patch from those before it and from the
 slots (2209.14860), in one of nine orders (SPOT, 2312.00648); its masks are where it looks for each patch.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +21,12 @@ def axes(n: int) -> Tensor:
 def quadratic(r: Tensor) -> Tensor:
     """[...,2] -> [...,5]: x, y, their squares and product, of which lines and ovals are linear functions."""
     return torch.cat([r, r.square(), r.prod(-1, keepdim=True)], -1)
+
+
+def centres(a: Tensor) -> Tensor:
+    """The mean place of each slot's attention [B,K,N] on a square map -> [B,K,2], from -1 to 1."""
+    w = a + 1e-6                                                 # a slot that nothing chose is in the middle
+    return w / w.sum(2, keepdim=True) @ axes(math.isqrt(a.shape[2])).to(a.device)
 
 
 class Broadcast(nn.Module):
@@ -44,17 +52,25 @@ class Broadcast(nn.Module):
 
 class MLP(nn.Module):
     """Slots [B,K,D] -> features [B,N,C], masks [B,K,N] that sum to 1 over the slots. A slot is added
-    to a learned position of each patch; three hidden layers tell its features and its logit there."""
+    to a learned position of each patch; three hidden layers tell its features and its logit there. relative:
+    to the patch's position from the slot's centre [B,K,2] instead (2302.04973)."""
 
-    def __init__(self, d, c, n, hidden):
+    def __init__(self, d, c, n, hidden, relative=False):
         super().__init__()
-        self.positions = nn.Parameter(torch.randn(1, 1, n, d) * .02)
+        self.relative = relative
+        if relative:
+            self.position = nn.Linear(5, d)
+            self.register_buffer("places", axes(math.isqrt(n)))  # [N,2]
+        else:
+            self.positions = nn.Parameter(torch.randn(1, 1, n, d) * .02)
         widths = (d, hidden, hidden, hidden)
         layers = [f for a, b in zip(widths, widths[1:], strict=False) for f in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden, c + 1))
 
-    def forward(self, s, h=None):                                # h, the target, is not looked at
-        out = self.layers(s[:, :, None] + self.positions)        # [B,K,N,C+1]
+    def forward(self, s, h=None, order=0, centre=None):          # the target h is not looked at
+        if self.relative:
+            at = self.position(quadratic(self.places - centre[:, :, None]))      # [B,K,N,D]
+        out = self.layers(s[:, :, None] + (at if self.relative else self.positions))     # [B,K,N,C+1]
         masks = out[..., -1].softmax(1)                          # [B,K,N]
         return torch.einsum("bknc,bkn->bnc", out[..., :-1], masks), masks
 
@@ -108,7 +124,7 @@ class Autoregressive(nn.Module):
     def __init__(self, d, c, n, depth=4, heads=4, parallel=False):
         super().__init__()
         self.parallel = parallel
-        self.register_buffer("orders", orders(round(n ** .5)))   # [9,N]
+        self.register_buffer("orders", orders(math.isqrt(n)))    # [9,N]
         self.first = nn.Parameter(torch.randn(9, c) * .02)
         self.project = nn.Sequential(nn.Linear(c, c, bias=False), nn.LayerNorm(c))
         self.memory = nn.Sequential(nn.Linear(d, c, bias=False), nn.LayerNorm(c))
@@ -117,7 +133,7 @@ class Autoregressive(nn.Module):
         if parallel:
             self.token = nn.Parameter(torch.randn(1, n, c) * .02)        # mask token and positions in one
 
-    def forward(self, s, h, order=0):
+    def forward(self, s, h, order=0, centre=None):
         i, memory = self.orders[order], self.memory(s)           # [N], [B,K,C]
         if self.parallel:
             x = self.token.expand(len(h), -1, -1)[:, i]          # [B,N,C]

@@ -11,10 +11,13 @@ Good at: parting scenes of things of one colour on plain ground, without a label
 colour tells no things apart (see dinosaur.py); few steps, for at first all slots are alike.
 
 Run      python methods/slot_attention.py
+         ARI .55 ± .01 (untrained -.03; four equal blocks .02), mBO .41 ± .01 (.07; .16), FG-ARI .51 ± .02
+         (.07; .46), each seed above both; 101 s on 2 cores
 Differs  positions in the decoder count from each slot's centre of attention, as in Invariant Slot Attention
-         (Biza et al., ICML 2023, arXiv 2302.04973), which learns from far fewer images; --no-relative counts
-         from the corner, as the paper does. AdamW and a cosine for Adam and a halving rate; gradients are
-         clipped; in the quick run 3 x 3 convolutions, a decoder of 1 x 1 ones on a 16 x 16 grid, two rounds.
+         (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the middle of the image (the
+         paper: from its sides). They enter by their squares and product, too. AdamW and a cosine for Adam and
+         a halving rate; gradients are clipped; in the quick run two convolutions, and a decoder of 1 x 1 ones
+         on a 16 x 16 grid, enlarged.
 """
 import sys
 from dataclasses import dataclass
@@ -27,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_optimizer, parse, set_lr
-from kernels.decoders import Broadcast, axes, quadratic
+from kernels.decoders import Broadcast, axes, centres, quadratic
 from kernels.encoders import Convolutions
 from kernels.segmentation import blocks, compare
 from kernels.slots import Slots, coloured, complaints, enlarge, glorot, monitors
@@ -75,8 +78,8 @@ class SlotAttention(nn.Module):
         h = self.encoder.layers(x)[-1]                           # [B,C,h,h]
         at = axes(h.shape[2]).to(h.device)                       # [N,2]
         s, a = self.slots(self.mlp(h.flatten(2).mT + self.place(quadratic(at))))
-        w = (a[-1] + 1e-6) / (a[-1] + 1e-6).sum(2, keepdim=True)         # [B,K,N]
-        out = self.decoder(s, w @ at if self.relative else torch.zeros_like(s[..., :2])).float()
+        centre = centres(a[-1]) if self.relative else torch.zeros_like(s[..., :2])       # [B,K,2]
+        out = self.decoder(s, centre).float()
         self.s = s.flatten(0, 1)                                 # [BK,D]
         return out[:, :, :3], out[:, :, 3:].softmax(1), a
 

@@ -30,7 +30,7 @@ PICTURES = dict(                                                 # of the runs w
 ROWS = dict(mae=(0, 1), rotnet=(0, 2), colorization=(0, 3), video_colorization=(0, 1), context_encoder=(0, 2),
             jigsaw=(1, 2), context_prediction=(4, 5), split_brain=(1, 2), barlow_twins=(0, 1), vicreg=(0, 1),
             dino=(0, 5), swav=(1, 6), bownet=(7,), ibot=(0, 7), beit=(0, 1), simmim=(0, 1), pixelcnn=(1, 2),
-            igpt=(0, 2))                                        # of a picture, in the gallery, else 0
+            igpt=(0, 2), slot_attention=(0, 9))                 # of a picture, in the gallery, else 0
 HEIGHT, LEFT, WIDTH = 56, 270, 960                               # of a row, its words and all, in pixels
 
 

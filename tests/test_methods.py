@@ -36,7 +36,8 @@ def test_paper_values_build(name):
     module = load(name)
     with torch.device("meta"):
         method = module.build(module.Config(**module.PAPER))
-    assert sum(p.numel() for p in method.encoder.parameters()) > 10_000_000
+    size = sum(p.numel() for p in method.encoder.parameters())
+    assert size > (300_000 if name == "slot_attention" else 10_000_000)  # four convolutions, in the paper too
 
 
 @pytest.mark.parametrize("name", METHODS)
