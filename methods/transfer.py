@@ -11,8 +11,8 @@ Layer-wise decay: Clark et al., ICLR 2020, arXiv 2003.10555; 1 and 10 % of the l
 
 Good at: telling what pre-training is worth, beside the same network from scratch. Not at: comparing networks.
 
-Run      python methods/transfer.py --run runs/mae-toys-seed0 --labels .1
-         seed 0 alone: 48.2 % fine-tuned, 37.9 frozen and probed; from scratch 41.5
+Run      python methods/transfer.py --run runs/rotnet-toys-seed0 --labels .01 --lr 3e-3
+         seed 0 alone, 200 labels: 54.2 % fine-tuned, 37.1 frozen and probed; from scratch 26.8
 Differs  no mixup, no RandAugment, no stochastic depth; a crop and a flip alone.
 """
 import importlib
