@@ -53,24 +53,22 @@ class Broadcast(nn.Module):
 class MLP(nn.Module):
     """Slots [B,K,D] -> features [B,N,C], masks [B,K,N] that sum to 1 over the slots. A slot is added
     to a learned position of each patch; three hidden layers tell its features and its logit there. relative:
-    to the patch's position from the slot's centre [B,K,2] instead (2302.04973)."""
+    to the patch's position from the slot's centre [B,K,2] as well (2302.04973)."""
 
     def __init__(self, d, c, n, hidden, relative=False):
         super().__init__()
-        self.relative = relative
-        if relative:
-            self.position = nn.Linear(5, d)
-            self.register_buffer("places", axes(math.isqrt(n)))  # [N,2]
-        else:
-            self.positions = nn.Parameter(torch.randn(1, 1, n, d) * .02)
+        self.positions = nn.Parameter(torch.randn(1, 1, n, d) * .02)
+        self.relative = nn.Linear(5, d) if relative else None
+        self.register_buffer("places", axes(math.isqrt(n)))      # [N,2]
         widths = (d, hidden, hidden, hidden)
         layers = [f for a, b in zip(widths, widths[1:], strict=False) for f in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden, c + 1))
 
     def forward(self, s, h=None, order=0, centre=None):          # the target h is not looked at
+        at = self.positions                                      # [1,1,N,D]
         if self.relative:
-            at = self.position(quadratic(self.places - centre[:, :, None]))      # [B,K,N,D]
-        out = self.layers(s[:, :, None] + (at if self.relative else self.positions))     # [B,K,N,C+1]
+            at = at + self.relative(quadratic(self.places - centre[:, :, None]))         # [B,K,N,D]
+        out = self.layers(s[:, :, None] + at)                    # [B,K,N,C+1]
         masks = out[..., -1].softmax(1)                          # [B,K,N]
         return torch.einsum("bknc,bkn->bnc", out[..., :-1], masks), masks
 

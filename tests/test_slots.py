@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.decoders import MLP, Autoregressive, Broadcast, axes, orders, quadratic
+from kernels.decoders import MLP, Autoregressive, Broadcast, axes, centres, orders, quadratic
 from kernels.slots import COLOURS, Slots, coloured, complaints, enlarge, glorot, monitors
 
 
@@ -133,6 +133,23 @@ def test_mlp_mixes_each_slots_features_by_masks():
     assert told.shape == (2, 9, 5) and torch.allclose(masks.sum(1), torch.ones(2, 9))
     alone = torch.stack([net.layers(s[1, i] + net.positions[0, 0])[..., :5] for i in range(4)])  # [K,N,C]
     assert torch.allclose(told[1], (alone * masks[1, :, :, None]).sum(0), atol=1e-6)
+
+
+def test_mlp_counts_from_the_centre_where_relative():
+    torch.manual_seed(0)
+    net, s = MLP(6, 5, 16, 16, relative=True), torch.randn(2, 4, 6)
+    centre = torch.zeros(2, 4, 2)
+    with torch.no_grad():
+        net.positions.zero_()                                    # what is left moves along with the centre
+    at, moved = (net(s, centre=c)[0].unflatten(1, (4, 4)) for c in (centre, centre + torch.tensor([.5, 0.])))
+    assert torch.allclose(moved[:, :, 1:], at[:, :, :-1], atol=1e-6)     # a cell of four to the right
+    assert not torch.allclose(moved, at)
+
+
+def test_centres():
+    a = torch.zeros(1, 2, 16)
+    a[0, 0, 5] = a[0, 0, 6] = 1                                  # row 1, columns 1 and 2 of four
+    assert torch.allclose(centres(a), torch.tensor([[[0, -.25], [0, 0]]]), atol=1e-4)    # nothing: the middle
 
 
 def test_nine_orders():
