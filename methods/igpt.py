@@ -141,6 +141,8 @@ class IGPT(nn.Module):
 
 
 def build(cfg):
+    if cfg.encoder != Config.encoder:
+        common.fail(f"--encoder {cfg.encoder} does not fit: a GPT-2 alone, see --width and --depth")
     if cfg.objective not in ("ar", "bert"):
         common.fail(f"--objective {cfg.objective} is unknown: give ar or bert")
     ar = cfg.objective == "ar"

@@ -124,6 +124,8 @@ class PixelCNN(nn.Module):
 
 
 def build(cfg):
+    if cfg.encoder != Config.encoder:
+        common.fail(f"--encoder {cfg.encoder} does not fit: gated layers alone, see --width and --depth")
     return PixelCNN(GatedStack(cfg.width, cfg.depth, cfg.layer))
 
 

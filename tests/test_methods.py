@@ -48,6 +48,12 @@ def test_takes_any_encoder(name):
     assert method.encoder(torch.zeros(2, 3, 32, 32)).shape == (2, method.encoder.dim)
 
 
+@pytest.mark.parametrize("name", ["slot_attention", "pixelcnn", "igpt"])
+def test_an_encoder_that_cannot_be_chosen_is_refused(name):
+    with pytest.raises(SystemExit, match="--encoder resnet18 does not fit"):
+        load(name).build(load(name).Config(encoder="resnet18"))
+
+
 # ---- supervised, rotnet
 
 def test_rotnet_turns_counter_clockwise_without_interpolation():
