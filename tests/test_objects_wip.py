@@ -1,0 +1,143 @@
+"""Slot Attention, DINOSAUR and SPOT: their losses by hand, what is frozen, what teaches what."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from running import load, train
+
+SMALL = dict(image_size=16, k=3, dim=8)
+
+
+def small(name, **options):
+    module = load(name)
+    torch.manual_seed(0)
+    return module, module.build(module.Config(**SMALL, **options))
+
+
+def x(n=4, seed=1):
+    return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- slot attention
+
+def test_slot_attention_paints_the_sum_of_masked_parts():
+    _, method = small("slot_attention")
+    method.eval()
+    torch.manual_seed(0)
+    rgb, masks, a = method.parts(x())
+    assert rgb.shape == (4, 3, 3, 16, 16) and a.shape == (3, 4, 3, 64)
+    assert torch.allclose(masks.sum(1), torch.ones(4, 1, 16, 16))
+    painted = torch.stack([sum(masks[b, i] * rgb[b, i] for i in range(3)) for b in range(4)])
+    torch.manual_seed(0)
+    assert method(x()).item() == pytest.approx((painted - x()).square().mean().item(), rel=1e-6)
+
+
+def test_slot_attention_counts_positions_from_the_centre_of_attention():
+    """relative: the decoder is given the mean place of what the slot attends to; else the middle."""
+    for relative in (True, False):
+        _, method = small("slot_attention", relative=relative)
+        seen, decoder = [], method.decoder.forward
+        method.decoder.forward = lambda s, c, seen=seen, decoder=decoder: seen.append(c) or decoder(s, c)
+        _, _, a = method.parts(x())
+        a = a[-1][1, 2]                                          # image 1, slot 2: [N]
+        at = load("slot_attention").axes(8)
+        want = (a[:, None] * at).sum(0) / a.sum() if relative else torch.zeros(2)
+        assert torch.allclose(seen[0][1, 2], want, atol=1e-4)
+
+
+# ---- dinosaur
+
+def test_dinosaur_tells_the_last_block_before_its_norm_and_leaves_the_encoder_alone(tmp_path, monkeypatch):
+    module, method = small("dinosaur")
+    v, encoder = x(), method.encoder
+    tokens = encoder.prepend(encoder.embed(v))
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    h = method.features(v)
+    assert torch.allclose(h, tokens[:, 1:], atol=1e-5) and not h.requires_grad
+    method.decoder.forward = lambda s, h: (torch.zeros_like(h), torch.full((4, 3, 64), 1 / 3))
+    assert method(v).item() == pytest.approx(h.square().mean().item(), rel=1e-5)
+    method, _, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "2", "--pretrain", "0")
+    torch.manual_seed(0)
+    fresh = module.build(module.Config())
+    assert all(torch.equal(a, b) for a, b in zip(method.encoder.parameters(), fresh.encoder.parameters(),
+                                                 strict=True))
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "autoregressive"])
+def test_dinosaur_learns_with_either_decoder(decoder, tmp_path, monkeypatch):
+    _, losses, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "15", "--pretrain", "0", "--decoder",
+                         decoder)
+    assert losses[-1] < .9 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["dinosaur", "spot"])
+def test_an_unknown_decoder_is_refused(name):
+    with pytest.raises(SystemExit, match="--decoder magic is unknown: give"):
+        small(name, decoder="magic")
+
+
+# ---- spot
+
+def test_match_is_the_best_of_all_assignments():
+    match, g = load("spot").match, torch.Generator().manual_seed(0)
+    t, s = torch.randint(4, (2, 5, 20), generator=g)
+    found = match(t, s, 4)
+    for b in range(5):
+        def iou(i, j, b=b):
+            both, either = ((t[b] == i) & (s[b] == j)).sum(), ((t[b] == i) | (s[b] == j)).sum()
+            return (both / either.clamp(min=1)).item()
+        best = max(sum(iou(i, p[i]) for i in range(4)) for p in itertools.permutations(range(4)))
+        assert sum(iou(i, int(found[b, i])) for i in range(4)) == pytest.approx(best, abs=1e-6)
+
+
+def test_spot_teacher_first_then_student():
+    """Stage 1 trains the teacher alone, stage 2 the student alone; its loss is taken by hand here."""
+    module, method = small("spot", attention=.5)
+    method(x(), 3).backward()
+    assert all(p.grad is None for p in method.student.parameters())
+    assert any(p.grad is not None for p in method.teacher.parameters())
+    method.zero_grad()
+    method.graduate()
+    torch.manual_seed(5)
+    loss = method(x(), 3, 7)
+    loss.backward()
+    assert all(p.grad is None for p in method.teacher.parameters())
+    assert all(p.grad is not None for p in method.encoder.blocks[-2:].parameters())
+    kept = [*method.frozen.parameters(), *method.encoder.blocks[:-2].parameters()]
+    assert all(p.grad is None for p in kept)
+    h = method.features(method.frozen, x())
+    torch.manual_seed(5)
+    told, _, a = method.student(method.features(method.encoder, x()), h, 3)
+    y = method.teacher(h, h, 7)[1].argmax(1)                     # [B,N]
+    slot = module.match(y, a.argmax(1), 3)
+    nll = [-a[b, slot[b, y[b, n]], n].log() for b in range(4) for n in range(64)]
+    want = F.mse_loss(told, h) + .5 * torch.stack(nll).mean()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_spot_targets_are_of_the_frozen_encoder():
+    _, method = small("spot")
+    method.graduate()
+    before = method.features(method.frozen, x())
+    for p in method.encoder.parameters():
+        p.data.add_(.1)
+    assert torch.equal(method.features(method.frozen, x()), before)
+    assert not torch.allclose(method.features(method.encoder, x()), before)
+
+
+def test_spot_slots_of_teacher_and_student():
+    _, method = small("spot")
+    assert method.teacher.slots.init == "gaussian" and method.student.slots.init == "queries"
+    found = method.eval().segment(x())
+    assert list(found) == ["A_DEC, teacher", "A_SLOT, teacher", "A_DEC, student", "A_SLOT, student"]
+    assert all(torch.allclose(m.sum(1), torch.ones(4, 64), atol=1e-5) for m in found.values())
+
+
+def test_gradient_norms_are_zero_where_the_slots_do_not_matter():
+    module, method = small("spot")
+    h, net = method.features(method.frozen, x()).detach(), method.teacher
+    assert (module.gradient_norms(net, h, 0) > 0).all()
+    torch.nn.init.zeros_(net.decoder.memory[0].weight)           # the decoder sees no slots any more
+    assert (module.gradient_norms(net, h, 0) == 0).all()
