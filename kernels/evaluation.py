@@ -44,7 +44,8 @@ def logits_of(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
 
 
 def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
-    return logits_of(x, y, x_test, l2).argmax(1)                 # classes [M]
+    """Classes [M] of features x_test [M,D], told by logistic regression on x [N,D], y [N]: see logits_of."""
+    return logits_of(x, y, x_test, l2).argmax(1)
 
 
 def dense_probe(a: Tensor, y: Tensor, a_test: Tensor, y_test: Tensor, l2: float = 1e-3) -> float:

@@ -8,7 +8,7 @@ with Slot Attention. NeurIPS 2020, arXiv 2006.15055.
       '--loss: squares--> sum of masks x rgb [B,3,S,S] <--softmax over K-- [B,K,4,S,S] <--decoder---------'
 
 Good at: parting scenes of things of one colour on plain ground, without a label. Not at: textures, where
-colour tells no things apart (see dinosaur.py); few steps, for at first all slots are alike.
+colour tells no things apart; toys that touch, which it parts little better than equal blocks do.
 
 Run      python methods/slot_attention.py
          ARI .55 ± .01 (untrained -.03; four equal blocks .02), mBO .41 ± .01 (.07; .16), FG-ARI .51 ± .02
@@ -16,8 +16,8 @@ Run      python methods/slot_attention.py
 Differs  positions in the decoder count from each slot's centre of attention, as in Invariant Slot Attention
          (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the middle of the image (the
          paper: from its sides). They enter by their squares and product, too. AdamW and a cosine for Adam and
-         a halving rate; gradients are clipped; in the quick run two convolutions, and a decoder of 1 x 1 ones
-         on a 16 x 16 grid, enlarged.
+         a halving rate; gradients are clipped; a linear layer and a ReLU before the decoder; in the quick run
+         two convolutions, and a decoder of 1 x 1 ones on a 16 x 16 grid, enlarged.
 """
 import sys
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ PAPER = dict(image_size=128, steps=500_000, batch_size=64, lr=4e-4, warmup=.02, 
 class SlotAttention(nn.Module):
     """encoder: has .dim and .layers(images [B,3,S,S]), a list of maps, the last [B,dim,h,h]."""
 
-    def __init__(self, encoder, decoder, k=4, d=64, rounds=2, relative=True):
+    def __init__(self, encoder, decoder, k=4, d=64, rounds=3, relative=True):
         super().__init__()
         c = encoder.dim
         self.encoder, self.decoder, self.relative, self.place = encoder, decoder, relative, nn.Linear(5, c)

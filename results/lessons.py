@@ -7,8 +7,8 @@
     python results/lessons.py attmask [--seed K]      iBOT: what is hidden, of 5 to 100 % of the images
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
-Label efficiency: 300 steps of 64 images for all, pre-trained or not; of the rates 1e-3 and 3e-3 the higher is
-the better for both (seed 0). Layers and places are probed with a tenth of the labels.
+Label efficiency: 300 steps of 64 images at a rate of 3e-3 for all, pre-trained or not. Layers and places
+are probed with a tenth of the labels.
 Batch sizes: SimCLR's negatives are the rest of its batch, MoCo's are keys of earlier batches. Every run sees
 89,600 images; the rate goes with the square root of the batch size, as is usual with AdamW. What has been run
 is not run again.

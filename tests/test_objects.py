@@ -16,8 +16,6 @@ def x(n=4, seed=1):
     return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- slot attention
-
 def test_slot_attention_paints_the_sum_of_masked_parts():
     _, method = small("slot_attention")
     method.eval()

@@ -84,7 +84,7 @@ def test_monitors_by_hand():
     m = monitors(F.one_hot(won, 3).mT.float())
     assert m["used"] == 1.5 and m["largest"] == (.75 + 1) / 2
     same = F.one_hot(won[:1], 3).mT.float().expand(2, -1, -1)
-    assert monitors(same)["masks_std"] == 0
+    assert monitors(same)["masks_vary"] == 0
 
 
 def test_complaints_name_the_failures():
