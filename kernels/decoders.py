@@ -76,7 +76,7 @@ class MLP(nn.Module):
 def orders(side: int) -> Tensor:
     """SPOT's nine orders of side x side patches [9,N], row by row first: rows and columns from each corner,
     and a spiral from the middle. orders[o,i] is the patch that comes at i."""
-    grid = torch.arange(side * side).view(side, side)
+    grid = torch.arange(side * side, device="cpu").view(side, side)
     found = [g.flip(dims) for g in (grid, grid.T) for dims in ((), (0,), (1,), (0, 1))]
     return torch.stack([g.flatten() for g in found] + [spiral(grid)])
 
@@ -87,7 +87,7 @@ def spiral(grid: Tensor) -> Tensor:
     while grid.numel():
         out += grid[0].tolist()
         grid = grid[1:].T.flip(0)                                # the rest, turned: its next side is on top
-    return torch.tensor(out[::-1])
+    return torch.tensor(out[::-1], device="cpu")
 
 
 class Block(nn.Module):
@@ -128,6 +128,8 @@ class Autoregressive(nn.Module):
         self.memory = nn.Sequential(nn.Linear(d, c, bias=False), nn.LayerNorm(c))
         self.blocks = nn.ModuleList(Block(c, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(c)
+        for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.xavier_uniform_(layer.weight)                # as in SPOT
         if parallel:
             self.token = nn.Parameter(torch.randn(1, n, c) * .02)        # mask token and positions in one
 

@@ -37,7 +37,7 @@ GROUPS = {
     "Bags of visual words": "bownet obow",
     "Masked image modelling": "beit mae simmim",
     "Generative": "pixelcnn igpt",
-    "Objects": "slot_attention",                                 # has no k-NN, and another table
+    "Objects": "slot_attention dinosaur spot",                   # have no k-NN, and another table
     "With labels, the bound": "supervised"}
 
 

@@ -9,12 +9,15 @@ from torch import nn
 
 from kernels.views import normalise
 
+UNTAUGHT = dict(dinosaur=["--pretrain", "0"], spot=["--pretrain", "0", "--teacher", "0"])
+
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_step(name, tmp_path, monkeypatch):
     """A finite loss; every trained weight gets a gradient, and no target does. iGPT's output table starts at
     zero, which no gradient passes: its second step."""
-    method, losses, _ = train(name, tmp_path, monkeypatch, "--steps", "2" if name == "igpt" else "1")
+    flags = ["--steps", "2" if name == "igpt" else "1", *UNTAUGHT.get(name, [])]
+    method, losses, _ = train(name, tmp_path, monkeypatch, *flags)
     assert math.isfinite(losses[0])
     for weight, p in method.named_parameters():
         if p.requires_grad:
@@ -26,7 +29,7 @@ def test_one_step(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", METHODS)
 def test_thirty_steps_lower_the_loss_on_one_batch(name, tmp_path, monkeypatch):
     """DINO's teacher and centre stand still for it; SwAV's loss can fall far with its paper's temperature."""
-    flags = dict(dino=["--m", "1", "--no-centering"], swav=["--tau", ".1"]).get(name, [])
+    flags = (UNTAUGHT | dict(dino=["--m", "1", "--no-centering"], swav=["--tau", ".1"])).get(name, [])
     _, losses, _ = train(name, tmp_path, monkeypatch, "--steps", "30", *flags)
     assert sum(losses[-5:]) < .97 * sum(losses[:5])
 

@@ -1,7 +1,13 @@
-"""Slot Attention: its loss by hand, what its decoder is given."""
+"""Slot Attention, DINOSAUR and SPOT: their losses by hand, what is frozen, what teaches what."""
+import itertools
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
-from running import load
+import torch.nn.functional as F
+from running import load, train
 
 SMALL = dict(image_size=16, k=3, dim=8)
 
@@ -15,6 +21,8 @@ def small(name, **options):
 def x(n=4, seed=1):
     return torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
+
+# ---- slot attention
 
 def test_slot_attention_paints_the_sum_of_masked_parts():
     _, method = small("slot_attention")
@@ -40,3 +48,160 @@ def test_slot_attention_counts_positions_from_the_centre_of_attention():
         want = (a[:, None] * at).sum(0) / a.sum() if relative else torch.zeros(2)
         assert torch.allclose(seen[0][1, 2], want, atol=1e-4)
 
+
+# ---- dinosaur
+
+def test_dinosaur_tells_the_last_block_before_its_norm_and_leaves_the_encoder_alone(tmp_path, monkeypatch):
+    module, method = small("dinosaur", norm=False)
+    v, encoder = x(), method.encoder
+    tokens = encoder.prepend(encoder.embed(F.interpolate(v, size=(32, 32), mode="bilinear")))
+    for block in encoder.blocks:
+        tokens = block(tokens)
+    h = method.features(v)
+    assert torch.allclose(h, tokens[:, 1:], atol=1e-5) and not h.requires_grad
+    method.decoder.forward = lambda s, h, centre: (torch.zeros_like(h), torch.full((4, 3, 16), 1 / 3))
+    assert method(v).item() == pytest.approx(h.square().mean().item(), rel=1e-5)
+    method, _, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "2", "--pretrain", "0")
+    torch.manual_seed(0)
+    fresh = module.build(module.Config())
+    assert all(torch.equal(a, b) for a, b in zip(method.encoder.parameters(), fresh.encoder.parameters(),
+                                                 strict=True))
+
+
+@pytest.mark.parametrize("name", ["dinosaur", "spot"])
+def test_norm_leaves_no_mean_and_unit_deviation_in_each_patch(name):
+    h, h0 = (small(name, norm=norm)[1].features(x()) for norm in (True, False))
+    h, h0 = (h, h0) if name == "dinosaur" else (h[0], h0[0])
+    one, h0 = torch.ones(4, 16), h0 - h0.mean(2, keepdim=True)
+    assert h.mean(2).abs().max() < 1e-5 and torch.allclose(h.var(2, correction=0), one, atol=1e-2)
+    assert torch.allclose(F.cosine_similarity(h, h0, 2), one, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dinosaur", "spot"])
+def test_dino_trains_the_encoder_once_and_its_failure_is_told(name, tmp_path, monkeypatch):
+    """The command is one that dino.py understands; what it has written is taken the second time."""
+    module, ran, status = load(name), [], 0
+
+    def run(command, check):
+        ran.append(command[1:])
+        if not status:
+            out = Path(next(flag[6:] for flag in command if str(flag).startswith("--out=")), "dino-seed0")
+            out.mkdir(parents=True)
+            (out / "encoder.pt").touch()
+        return SimpleNamespace(returncode=status)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    cfg = module.Config(seed=3, pretrain=7)
+    file = module.pretrained(cfg, tmp_path)
+    assert file == module.pretrained(cfg, tmp_path) and Path(file).exists() and len(ran) == 1
+    script, dino = ran[0][0], load("dino")
+    assert script == Path(dino.__file__)
+    told = load("common").parse(dino.Config, dino.PAPER, ran[0][1:])
+    assert (told.seed, told.steps, told.encoder, told.data) == (3, 7, cfg.encoder, "toys:grey,n=6000")
+    assert module.pretrained(module.Config(pretrain=0), tmp_path / "none") == ""
+    status = 1
+    with pytest.raises(SystemExit, match="dino.py has trained no encoder"):
+        module.pretrained(cfg, tmp_path / "other")
+
+
+@pytest.mark.parametrize("decoder", ["mlp", "autoregressive"])
+def test_dinosaur_learns_with_either_decoder(decoder, tmp_path, monkeypatch):
+    _, losses, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "15", "--pretrain", "0", "--decoder",
+                         decoder)
+    assert losses[-1] < .9 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["dinosaur", "spot"])
+def test_an_unknown_decoder_is_refused(name):
+    with pytest.raises(SystemExit, match="--decoder magic is unknown: give"):
+        small(name, decoder="magic")
+
+
+# ---- spot
+
+def test_match_is_the_best_of_all_assignments():
+    match, g = load("spot").match, torch.Generator().manual_seed(0)
+    t, s = torch.randint(4, (2, 5, 20), generator=g)
+    found = match(t, s, 4)
+    for b in range(5):
+        def iou(i, j, b=b):
+            both, either = ((t[b] == i) & (s[b] == j)).sum(), ((t[b] == i) | (s[b] == j)).sum()
+            return (both / either.clamp(min=1)).item()
+        best = max(sum(iou(i, p[i]) for i in range(4)) for p in itertools.permutations(range(4)))
+        assert sum(iou(i, int(found[b, i])) for i in range(4)) == pytest.approx(best, abs=1e-6)
+
+
+def test_spot_teacher_first_then_student():
+    """Stage 1 trains the teacher alone, stage 2 the student alone; its loss is taken by hand here."""
+    module, method = small("spot", attention=.5, decoder="autoregressive")
+    method(x(), 3).backward()
+    assert all(p.grad is None for p in method.student.parameters())
+    assert any(p.grad is not None for p in method.teacher.parameters())
+    method.zero_grad()
+    method.graduate()
+    torch.manual_seed(5)
+    loss = method(x(), 3, 7)
+    loss.backward()
+    assert all(p.grad is None for p in method.teacher.parameters())
+    assert all(p.grad is not None for p in method.encoder.blocks[-2:].parameters())
+    kept = [*method.frozen.parameters(), *method.encoder.blocks[:-2].parameters()]
+    assert all(p.grad is None for p in kept)
+    h, inputs = method.features(x())
+    torch.manual_seed(5)
+    told, _, a = method.student(inputs, h, 3)
+    y = method.teacher(h, h, 7)[1].argmax(1)                     # [B,N]
+    slot = module.match(y, a.argmax(1), 3)
+    nll = [-a[b, slot[b, y[b, n]], n].log() for b in range(4) for n in range(16)]
+    want = F.mse_loss(told, h) + .5 * torch.stack(nll).mean()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_spot_targets_are_of_the_frozen_encoder_and_inputs_of_its_tuned_blocks():
+    """What enters the student's slots is the whole encoder's, as if the two shared nothing."""
+    _, method = small("spot", norm=False)
+    method.graduate()
+    h, inputs = method.features(x())
+    assert torch.equal(h, inputs.detach()) and inputs.requires_grad and not h.requires_grad
+    for p in method.encoder.blocks[-2:].parameters():
+        p.data.add_(.1)
+    after, inputs = method.features(x())
+    assert torch.equal(h, after)
+    encoder, v = method.encoder, F.interpolate(x(), size=(32, 32), mode="bilinear")
+    assert torch.allclose(inputs, encoder.blocks(encoder.prepend(encoder.embed(v)))[:, 1:], atol=1e-5)
+
+
+def test_spot_slots_of_teacher_and_student():
+    _, method = small("spot")
+    assert method.teacher.slots.init == "gaussian" and method.student.slots.init == "queries"
+    found = method.eval().segment(x())
+    assert list(found) == ["A_DEC, teacher", "A_SLOT, teacher", "A_DEC, student", "A_SLOT, student"]
+    assert all(torch.allclose(m.sum(1), torch.ones(4, 16), atol=1e-5) for m in found.values())
+
+
+def test_gradient_norms_are_zero_where_the_slots_do_not_matter():
+    module, method = small("spot", decoder="autoregressive")
+    h, net = method.features(x())[0], method.teacher
+    assert (module.gradient_norms(net, h, h, 0) > 0).all()
+    torch.nn.init.zeros_(net.decoder.memory[0].weight)           # the decoder sees no slots any more
+    assert (module.gradient_norms(net, h, h, 0) == 0).all()
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "parallel", "mlp"])
+def test_spot_runs_through_both_stages_with_each_decoder(decoder, tmp_path, monkeypatch):
+    flags = ["--pretrain", "0", "--decoder", decoder]
+    method, losses, last = train("spot", tmp_path, monkeypatch, "--steps", "4", *flags)
+    assert method.graduated and last["att"] > 0 and all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert len(losses) == 4
+
+
+def test_spot_without_a_teacher_learns_by_reconstruction_alone(tmp_path, monkeypatch):
+    flags = ["--pretrain", "0", "--teacher", "0", "--steps", "1"]
+    method, _, last = train("spot", tmp_path, monkeypatch, *flags)
+    assert method.graduated and last["att"] == 0 and last["loss"] == last["rec"]
+
+
+@pytest.mark.parametrize("name", ["dinosaur", "spot"])
+def test_torchrun_is_refused_before_an_encoder_is_trained(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(load("common"), "world", lambda: 2)
+    with pytest.raises(SystemExit, match="torchrun"):
+        load(name).pretrained(load(name).Config(), tmp_path)
