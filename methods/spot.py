@@ -14,11 +14,11 @@ Good at: masks of the slots as good as those of the decoder. Not at: anything it
 it trains two networks, one after the other.
 
 Run      python methods/spot.py
-Differs  the encoder is a small ViT that dino.py trains first, on single toys, unless --weights gives one; the
-         quick run's decoder is the MLP, with positions as in dinosaur.py: in its time the autoregressive one
-         looks at one slot nearly everywhere, which is no teacher; each patch's features are told less their
-         mean, in units of their deviation, unless --no-norm; the autoregressive decoder has no LayerNorm on
-         the residual stream before the first block; AdamW for Adam.
+Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
+         the quick run's decoder is the MLP, with positions as in dinosaur.py: in its time the autoregressive
+         one looks at one slot nearly everywhere, which is no teacher; each patch's features are told less
+         their mean, in units of their deviation, unless --no-norm; the autoregressive decoder has no
+         LayerNorm on the residual stream before the first block; AdamW for Adam.
 """
 import copy
 import subprocess
@@ -44,9 +44,9 @@ from kernels.views import normalise
 class Config(common.Config):
     data: str = "toys:objects=3,jitter=1,small=.5,large=.6,grey,n=6000"  # or folder:PATH
     encoder: str = "vit_micro/8"   # a ViT: vit_micro/8, vit_small/8, vit_base ...; see --weights
-    pretrain: int = 600            # steps of dino.py that train it first, on single toys, without --weights
+    pretrain: bool = True          # without --weights: take the one that dino.py has trained, or let it
     times: int = 2                 # the encoder sees the images enlarged so
-    steps: int = 2400              # optimisation steps of teacher and student together
+    steps: int = 2200              # optimisation steps of teacher and student together
     batch_size: int = 8            # images a step, all processes together
     weight_decay: float = 0.       # on weights and tokens, not on biases and norms
     clip: float = .3               # largest entry of the gradient: all of it is scaled down to that
@@ -170,15 +170,14 @@ def build(cfg):
     return SPOT(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.times, cfg.norm, cfg.tune, weight)
 
 
-def pretrained(cfg, folder):                 # by dino.py, if it is not there -> the file with its weights
-    out, data = folder / f"dino-{cfg.encoder}-{cfg.pretrain}", cfg.data
-    if cfg.pretrain and not list(out.glob("*/encoder.pt")):
-        flags = {key: getattr(cfg, key) for key in "data_dir image_size encoder seed device".split()}
-        flags |= dict(data="toys:grey,n=6000" if data[:4] == "toys" else data, steps=cfg.pretrain, out=out)
-        dino = [Path(__file__).with_name("dino.py"), *(f"--{key}={value}" for key, value in flags.items())]
-        if common.world() > 1 or subprocess.run([sys.executable, *dino], check=False).returncode:
-            common.fail("dino.py has trained no encoder: leave out torchrun, or give one with --weights")
-    return str(next(out.glob("*/encoder.pt"), ""))
+def pretrained(cfg):                                             # -> the file with the encoder's weights
+    file = Path(cfg.out).expanduser() / f"dino-toys-grey-seed{cfg.seed}/encoder.pt"
+    if not file.exists():
+        dino = [sys.executable, Path(__file__).with_name("dino.py")]
+        dino += [f"--{key}={getattr(cfg, key)}" for key in ("seed", "out", "device")]
+        if common.world() > 1 or subprocess.run(dino, check=False).returncode:
+            common.fail("dino.py has trained no encoder: run it by itself, or give one with --weights")
+    return str(file)
 
 
 def picture(run, method, test, found, orders):
@@ -197,7 +196,7 @@ def main(cfg):
     if common.world() > 1:
         common.fail("two networks learn in turn, which takes one process: run it without torchrun")
     run = Run(cfg, __file__)
-    data, cfg.weights = load_data(cfg, run.device), cfg.weights or pretrained(cfg, run.folder)
+    data, cfg.weights = load_data(cfg, run.device), cfg.weights or (pretrained(cfg) if cfg.pretrain else "")
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, method)
     test = data.test_images[:500]

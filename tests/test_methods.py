@@ -9,7 +9,7 @@ from torch import nn
 
 from kernels.views import normalise
 
-UNTAUGHT = dict(dinosaur=["--pretrain", "0"], spot=["--pretrain", "0", "--teacher", "0"])
+UNTAUGHT = dict(dinosaur=["--no-pretrain"], spot=["--no-pretrain", "--teacher", "0"])
 
 
 @pytest.mark.parametrize("name", METHODS)

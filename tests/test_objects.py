@@ -61,7 +61,7 @@ def test_dinosaur_tells_the_last_block_before_its_norm_and_leaves_the_encoder_al
     assert torch.allclose(h, tokens[:, 1:], atol=1e-5) and not h.requires_grad
     method.decoder.forward = lambda s, h, centre: (torch.zeros_like(h), torch.full((4, 3, 16), 1 / 3))
     assert method(v).item() == pytest.approx(h.square().mean().item(), rel=1e-5)
-    method, _, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "2", "--pretrain", "0")
+    method, _, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "2", "--no-pretrain")
     torch.manual_seed(0)
     fresh = module.build(module.Config())
     assert all(torch.equal(a, b) for a, b in zip(method.encoder.parameters(), fresh.encoder.parameters(),
@@ -80,33 +80,29 @@ def test_norm_leaves_no_mean_and_unit_deviation_in_each_patch(name):
 @pytest.mark.parametrize("name", ["dinosaur", "spot"])
 def test_dino_trains_the_encoder_once_and_its_failure_is_told(name, tmp_path, monkeypatch):
     """The command is one that dino.py understands; what it has written is taken the second time."""
-    module, ran, status = load(name), [], 0
+    module, dino, common, ran, status = load(name), load("dino"), load("common"), [], 0
 
     def run(command, check):
         ran.append(command[1:])
         if not status:
-            out = Path(next(flag[6:] for flag in command if str(flag).startswith("--out=")), "dino-seed0")
-            out.mkdir(parents=True)
-            (out / "encoder.pt").touch()
+            told = common.parse(dino.Config, dino.PAPER, command[2:])
+            file = common.Run(told, dino.__file__).folder / "encoder.pt"
+            file.touch()
         return SimpleNamespace(returncode=status)
 
     monkeypatch.setattr(subprocess, "run", run)
-    cfg = module.Config(seed=3, pretrain=7)
-    file = module.pretrained(cfg, tmp_path)
-    assert file == module.pretrained(cfg, tmp_path) and Path(file).exists() and len(ran) == 1
-    script, dino = ran[0][0], load("dino")
-    assert script == Path(dino.__file__)
-    told = load("common").parse(dino.Config, dino.PAPER, ran[0][1:])
-    assert (told.seed, told.steps, told.encoder, told.data) == (3, 7, cfg.encoder, "toys:grey,n=6000")
-    assert module.pretrained(module.Config(pretrain=0), tmp_path / "none") == ""
+    cfg = module.Config(seed=3, out=str(tmp_path))
+    file = module.pretrained(cfg)
+    assert file == module.pretrained(cfg) and Path(file).exists() and len(ran) == 1
+    assert ran[0][0] == Path(dino.__file__) and "--seed=3" in ran[0]
     status = 1
     with pytest.raises(SystemExit, match="dino.py has trained no encoder"):
-        module.pretrained(cfg, tmp_path / "other")
+        module.pretrained(module.Config(seed=4, out=str(tmp_path)))
 
 
 @pytest.mark.parametrize("decoder", ["mlp", "autoregressive"])
 def test_dinosaur_learns_with_either_decoder(decoder, tmp_path, monkeypatch):
-    _, losses, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "15", "--pretrain", "0", "--decoder",
+    _, losses, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "15", "--no-pretrain", "--decoder",
                          decoder)
     assert losses[-1] < .9 * losses[0]
 
@@ -188,14 +184,14 @@ def test_gradient_norms_are_zero_where_the_slots_do_not_matter():
 
 @pytest.mark.parametrize("decoder", ["autoregressive", "parallel", "mlp"])
 def test_spot_runs_through_both_stages_with_each_decoder(decoder, tmp_path, monkeypatch):
-    flags = ["--pretrain", "0", "--decoder", decoder]
+    flags = ["--no-pretrain", "--decoder", decoder]
     method, losses, last = train("spot", tmp_path, monkeypatch, "--steps", "4", *flags)
     assert method.graduated and last["att"] > 0 and all(map(torch.isfinite, map(torch.tensor, losses)))
     assert len(losses) == 4
 
 
 def test_spot_without_a_teacher_learns_by_reconstruction_alone(tmp_path, monkeypatch):
-    flags = ["--pretrain", "0", "--teacher", "0", "--steps", "1"]
+    flags = ["--no-pretrain", "--teacher", "0", "--steps", "1"]
     method, _, last = train("spot", tmp_path, monkeypatch, *flags)
     assert method.graduated and last["att"] == 0 and last["loss"] == last["rec"]
 
@@ -203,5 +199,5 @@ def test_spot_without_a_teacher_learns_by_reconstruction_alone(tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["dinosaur", "spot"])
 def test_torchrun_is_refused_before_an_encoder_is_trained(name, tmp_path, monkeypatch):
     monkeypatch.setattr(load("common"), "world", lambda: 2)
-    with pytest.raises(SystemExit, match="torchrun"):
-        load(name).pretrained(load(name).Config(), tmp_path)
+    with pytest.raises(SystemExit, match="run it by itself"):
+        load(name).pretrained(load(name).Config(out=str(tmp_path)))
