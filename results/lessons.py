@@ -4,6 +4,7 @@
     python results/lessons.py batch_sizes [--seed K]  SimCLR and MoCo, 32 to 1,024 images a step; seeds 0 1 2
     python results/lessons.py mask_ratio [--seed K]   MAE's Figure 5: what is hidden, 25 to 90 %
     python results/lessons.py label_efficiency [--seed K]    fine-tuned and from scratch, 1 to 100 % of labels
+    python results/lessons.py objects [--seed K]      SPOT with other decoders, and on other encoders
     python results/lessons.py attmask [--seed K]      iBOT: what is hidden, of 5 to 100 % of the images
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
@@ -25,6 +26,9 @@ from table import ROOT, origin, read, run_all, run_one
 SIZES, IMAGES, RATE = (32, 64, 128, 256, 512, 1024), 89_600, 1e-3
 METHODS = dict(simclr="SimCLR", moco="MoCo v2")
 RATIOS = .25, .5, .75, .9
+DECODERS = ["autoregressive", "--no-permutations"], ["autoregressive"], ["parallel"]     # PA
+ENCODERS = dict(mae=["--encoder", "vit_micro/8"],
+                moco=["--version", "3", "--encoder", "vit_micro/8", "--batch_size", "64", "--steps", "600"])
 SHARES = ".01", ".03", ".1", ".3", "1"
 STARTS = dict(rotnet="RotNet", simclr="SimCLR", bownet="BoWNet")         # all three train a resnet_small
 
@@ -154,6 +158,23 @@ def attmask(seeds):
                 run_all(["variants-attmask:ibot"], ["--mask", mask, "--share", share] + seeds)
 
 
+def objects(seeds):
+    """SPOT's decoders by reconstruction alone, on one and the same frozen encoder; SPOT on other encoders."""
+    file = ROOT / "results/variants-spot.jsonl"
+    scenes = "toys-objects=3-jitter=1-small=.5-large=.6-grey-n=6000"
+    for seed in seeds[1:] or ["0", "1", "2"]:
+        def spot(*flags, seed=seed):
+            once(["methods/spot.py", *flags, "--seed", seed], file, f"spot-{scenes}-seed{seed}")
+        for flags in DECODERS:
+            spot("--decoder", *flags, "--teacher", "0", "--tune", "0")
+        for name, flags in ENCODERS.items():
+            weights = f"runs/{name}-toys-grey-seed{seed}/encoder.pt"
+            if not (ROOT / weights).exists():
+                command = [f"methods/{name}.py", "--seed", seed, "--data", "toys:grey", *flags]
+                subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+            spot("--weights", weights)
+
+
 def inpainting():
     """Test images as the context encoder and MAE see and paint them, both trained with seed 0."""
     sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
@@ -189,7 +210,7 @@ def matrix():
 
 
 if __name__ == "__main__":
-    lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, label_efficiency, attmask)}
+    lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, label_efficiency, attmask, objects)}
     if sys.argv[1:2] in (["matrix"], ["inpainting"]):
         dict(matrix=matrix, inpainting=inpainting)[sys.argv[1]]()
     elif sys.argv[1:] and sys.argv[1] in lessons:

@@ -141,19 +141,33 @@ def layers_table(file):
 
 
 def objects_table(file):
-    """The scores of masks of scenes, a line for each kind of mask: kernels.segmentation.compare."""
-    lines = head(["method", "masks of", "ARI", "FG-ARI", "mBO", "lines", "seconds"])
-    for _, name in grouped():
-        rows = [r for r in read(file) if r["method"] == name and any(k.startswith("fg_ari, ") for k in r)]
+    """The scores of masks of scenes, a line for each kind of mask: kernels.segmentation.compare. Of variants
+    those that were learned, and k-means, by command, first each method as it is."""
+    variants, groups = file.stem.startswith("variants"), {}
+    rows = [r for r in read(file) if any(key.startswith("fg_ari, ") for key in r)]
+    if variants:
+        names = {r["method"] for r in rows}
+        rows = [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + rows
+    for r in sorted(rows, key=lambda r: list(methods()).index(r["method"])):
+        groups.setdefault(command_of(r) if variants else r["method"], []).append(r)
+    lines = head(["command" if variants else "method", "masks of", "ARI", "FG-ARI", "mBO"]
+                 + ["lines", "seconds"] * (not variants))
+    for key, rows in groups.items():
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
-        title, year, _, length = methods()[name]
+        title, year, _, length = methods()[rows[0]["method"]]
         seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
-        first = [f"[{title}](methods/{name}.py), {year}", length, seconds]
-        for who in (k.removeprefix("fg_ari, ") for k in (rows or [{}])[0] if k.startswith("fg_ari, ")):
-            scores = [mean((r[f"{metric}, {who}"] for r in rows), 2) for metric in ("ari", "fg_ari", "mbo")]
-            lines.append(f"| {' | '.join(map(str, [first[0], who, *scores, *first[1:]]))} |")
-            first = [""] * 3
+        first = [f"`{key}`"] if variants else [f"[{title}](methods/{key}.py), {year}", length, seconds]
+        for who in (k.removeprefix("fg_ari, ") for k in rows[0] if k.startswith("fg_ari, ")):
+            if not variants or who not in ("untrained", "blocks"):
+                scores = [mean((r[f"{key}, {who}"] for r in rows), 2) for key in ("ari", "fg_ari", "mbo")]
+                lines.append(f"| {' | '.join(map(str, [first[0], who, *scores, *first[1:]]))} |")
+                first = [""] * len(first)
     return "\n".join([*lines, "", source(file)])
+
+
+def command_of(row):
+    """The command without its seed, in the names of run folders as well."""
+    return re.sub(r"-seed\d+", "-seed0", re.sub(r" --seed \d+", "", row["command"]))
 
 
 def curves_shown(folder):
@@ -174,8 +188,7 @@ def variants_table(file):
         return "Not measured yet."
     names = {r["method"] for r in results}
     for r in [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + results:
-        command = re.sub(r"-seed\d+", "-seed0", re.sub(r" --seed \d+", "", r["command"]))       # of --run
-        groups.setdefault(command, []).append(r)
+        groups.setdefault(command_of(r), []).append(r)
     own = {}                                                     # in a row: ..., untrained, own, loss, ...
     for one in (list(rows[0].items()) for rows in groups.values()):
         names = [k for k, _ in one]
