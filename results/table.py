@@ -144,6 +144,7 @@ def objects_table(file):
     """The scores of masks of scenes, a line for each kind of mask: kernels.segmentation.compare. Of variants
     those that were learned, and k-means, by command, first each method as it is."""
     variants, groups = file.stem.startswith("variants"), {}
+    papers = json.loads((ROOT / "results/papers.json").read_text())
     rows = [r for r in read(file) if any(key.startswith("fg_ari, ") for key in r)]
     if variants:
         names = {r["method"] for r in rows}
@@ -151,12 +152,14 @@ def objects_table(file):
     for r in sorted(rows, key=lambda r: list(methods()).index(r["method"])):
         groups.setdefault(command_of(r) if variants else r["method"], []).append(r)
     lines = head(["command" if variants else "method", "masks of", "ARI", "FG-ARI", "mBO"]
-                 + ["lines", "seconds"] * (not variants))
+                 + ["lines", "seconds", "in the paper, not here"] * (not variants))
     for key, rows in groups.items():
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
         title, year, _, length = methods()[rows[0]["method"]]
         seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
-        first = [f"`{key}`"] if variants else [f"[{title}](methods/{key}.py), {year}", length, seconds]
+        first = [f"`{key}`"]
+        if not variants:
+            first = [f"[{title}](methods/{key}.py), {year}", length, seconds, paper(papers, key)]
         for who in (k.removeprefix("fg_ari, ") for k in rows[0] if k.startswith("fg_ari, ")):
             if not variants or who not in ("untrained", "blocks"):
                 scores = [mean((r[f"{key}, {who}"] for r in rows), 2) for key in ("ari", "fg_ari", "mbo")]
