@@ -16,9 +16,9 @@ it trains two networks, one after the other.
 Run      python methods/spot.py
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
          the quick run's decoder is the MLP, with positions as in dinosaur.py: in its time the autoregressive
-         one looks at one slot nearly everywhere, which is no teacher; each patch's features are told less
-         their mean, in units of their deviation, unless --no-norm; the autoregressive decoder has no
-         LayerNorm on the residual stream before the first block; AdamW for Adam.
+         one looks at one slot nearly everywhere, which is no teacher; nor is the encoder tuned; each patch's
+         features are told less their mean, in units of their deviation, unless --no-norm; the autoregressive
+         decoder has no LayerNorm on the residual stream before the first block; AdamW for Adam.
 """
 import copy
 import subprocess
@@ -51,7 +51,7 @@ class Config(common.Config):
     weight_decay: float = 0.       # on weights and tokens, not on biases and norms
     clip: float = .3               # largest entry of the gradient: all of it is scaled down to that
     teacher: float = .5            # part of the run that trains the teacher; 0: there is none
-    tune: int = 2                  # last blocks of the encoder that learn with the student
+    tune: int = 0                  # last blocks of the encoder that learn with the student
     attention: float = .005        # weight of the student's loss against the teacher's masks
     k: int = 4                     # number K of slots
     dim: int = 64                  # width D of a slot
@@ -96,7 +96,7 @@ class SPOT(nn.Module):
     """encoder: a ViT; its copy `frozen` stays as it is. decoder(): a new decoder of slots, one for each of
     teacher and student. Call graduate() between the stages."""
 
-    def __init__(self, encoder, decoder, k=4, d=64, rounds=3, times=1, norm=False, tune=2, weight=.005):
+    def __init__(self, encoder, decoder, k=4, d=64, rounds=3, times=1, norm=False, tune=4, weight=.005):
         super().__init__()
         self.encoder, self.times, self.weight, self.k, c = encoder, times, weight, k, encoder.dim
         self.frozen = copy.deepcopy(encoder).requires_grad_(False)

@@ -166,7 +166,7 @@ def objects(seeds):
         def spot(*flags, seed=seed):
             once(["methods/spot.py", *flags, "--seed", seed], file, f"spot-{scenes}-seed{seed}")
         for flags in DECODERS:
-            spot("--decoder", *flags, "--teacher", "0", "--tune", "0")
+            spot("--decoder", *flags, "--teacher", "0")
         for name, flags in ENCODERS.items():
             weights = f"runs/{name}-toys-grey-seed{seed}/encoder.pt"
             if not (ROOT / weights).exists():

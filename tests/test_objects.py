@@ -129,7 +129,7 @@ def test_match_is_the_best_of_all_assignments():
 
 def test_spot_teacher_first_then_student():
     """Stage 1 trains the teacher alone, stage 2 the student alone; its loss is taken by hand here."""
-    module, method = small("spot", attention=.5, decoder="autoregressive")
+    module, method = small("spot", attention=.5, decoder="autoregressive", tune=2)
     method(x(), 3).backward()
     assert all(p.grad is None for p in method.student.parameters())
     assert any(p.grad is not None for p in method.teacher.parameters())
@@ -154,7 +154,7 @@ def test_spot_teacher_first_then_student():
 
 def test_spot_targets_are_of_the_frozen_encoder_and_inputs_of_its_tuned_blocks():
     """What enters the student's slots is the whole encoder's, as if the two shared nothing."""
-    _, method = small("spot", norm=False)
+    _, method = small("spot", norm=False, tune=2)
     method.graduate()
     h, inputs = method.features(x())
     assert torch.equal(h, inputs.detach()) and inputs.requires_grad and not h.requires_grad
