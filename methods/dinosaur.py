@@ -8,10 +8,11 @@ Gap to Real-World Object-Centric Learning. ICLR 2023, arXiv 2209.14860.
                                       '--loss: squares--> features told [B,N,C] <--decoder'--> masks [B,K,N]
     decoder: mlp, each slot alone, mixed by masks; or autoregressive, whose masks are where it looks
 
-Good at: things of many colours, which pixels would part by colour. Not at: more than its encoder knows;
-outlines finer than a patch.
+Good at: things of many colours. Not at: more than its encoder knows; outlines finer than a patch.
 
 Run      python methods/dinosaur.py
+         mBO .38 ± .01 (untrained .11, blocks .22, k-means of h .36), ARI .56 ± .01 (-.02, .04, .55), FG-ARI
+         .33 ± .01 (.06, .39, .28); 60 s on 2 cores, after dino.py's own run
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
          each patch's features are told less their mean, in units of their deviation, unless --no-norm; mlp
          also has positions from each slot's centre of attention (Biza et al., ICML 2023, 2302.04973), unless
