@@ -97,7 +97,7 @@ def curves():
     columns = 4
     figure = Figure((3 * columns, 2.1 * -(-len(names) // columns)), layout="tight")
     axes = figure.subplots(-(-len(names) // columns), columns, squeeze=False).flat
-    for axis, name in zip(axes, names, strict=False):
+    for name, axis in zip(names, axes, strict=False):        # names first: it takes no axis too many
         (about, *log), right = read(LOGS / f"{name}.jsonl"), axis.twinx()
         axis.plot([line["step"] for line in log], [line["loss"] for line in log], lw=1.2)
         for i, (label, value) in enumerate(about["reference"].items()):
