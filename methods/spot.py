@@ -221,7 +221,7 @@ def main(cfg):
         run.finite(loss).backward()
         nn.utils.clip_grad_norm_(method.parameters(), cfg.clip, norm_type=float("inf"))
         optimizer.step()
-        run.log(loss, rec=method.rec, att=method.att, slots=method.s, **monitors(method.masks))
+        run.log(loss, rec=method.rec.item(), att=method.att.item(), slots=method.s, **monitors(method.masks))
 
     orders = 9 if cfg.decoder == "autoregressive" and cfg.permutations else 1
     found = [method.eval().segment(normalise(x), orders) for x in test.split(100)]

@@ -9,7 +9,8 @@ from torch import nn
 
 from kernels.views import normalise
 
-UNTAUGHT = dict(dinosaur=["--no-pretrain"], spot=["--no-pretrain", "--teacher", "0"])
+UNTAUGHT = dict(dinosaur=["--no-pretrain", "--image_size", "16"],
+                spot=["--no-pretrain", "--image_size", "16", "--teacher", "0"])
 
 
 @pytest.mark.parametrize("name", METHODS)

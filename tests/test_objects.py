@@ -184,7 +184,7 @@ def test_gradient_norms_are_zero_where_the_slots_do_not_matter():
 
 @pytest.mark.parametrize("decoder", ["autoregressive", "parallel", "mlp"])
 def test_spot_runs_through_both_stages_with_each_decoder(decoder, tmp_path, monkeypatch):
-    flags = ["--no-pretrain", "--decoder", decoder]
+    flags = ["--no-pretrain", "--image_size", "16", "--decoder", decoder]
     method, losses, last = train("spot", tmp_path, monkeypatch, "--steps", "4", *flags)
     assert method.graduated and last["att"] > 0 and all(map(torch.isfinite, map(torch.tensor, losses)))
     assert len(losses) == 4
