@@ -19,9 +19,9 @@ Run      python methods/spot.py
          after dino.py's own run
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
          the quick run's decoder is the MLP, positions as in dinosaur.py, for half of it is too little for a
-         teacher with the other one; nor is the encoder tuned; each patch's features are told less their mean,
-         in units of their deviation, unless --no-norm; the autoregressive decoder has no LayerNorm on the
-         residual stream before the first block; AdamW for Adam.
+         teacher with the other one (one seed); nor is the encoder tuned; each patch's features are told less
+         their mean, in units of their deviation, unless --no-norm; the autoregressive decoder has no
+         LayerNorm on the residual stream before the first block; AdamW for Adam.
 """
 import copy
 import subprocess
@@ -116,12 +116,12 @@ class SPOT(nn.Module):
         self.teacher.requires_grad_(False)
 
     def features(self, x):     # [B,3,S,S] -> target, the student's input [B,N,C]: last block, no final norm
-        frozen, blocks = self.frozen.eval(), self.encoder.eval().blocks[self.first:]
+        frozen, tuned = self.frozen.eval(), self.encoder.eval().blocks[self.first:]
         x = F.interpolate(x, scale_factor=self.times, mode="bilinear")
         with torch.no_grad():
             x = frozen.blocks[:self.first](frozen.prepend(frozen.embed(x)))
             h = self.norm(frozen.blocks[self.first:](x)[:, frozen.prefix:].float())
-        return h, blocks(x)[:, frozen.prefix:].float() if self.graduated else h
+        return h, tuned(x)[:, frozen.prefix:].float() if self.graduated else h
 
     def forward(self, v, order=0, order_t=0):                    # [B,3,S,S] -> loss
         net = self.student if self.graduated else self.teacher
@@ -137,14 +137,11 @@ class SPOT(nn.Module):
 
     @torch.no_grad()
     def segment(self, v, orders=9):              # [B,3,S,S] -> {who: masks [B,K,N]}, mean over orders
-        (h, x), found, state = self.features(v), {}, torch.random.get_rng_state()
+        (h, x), found = self.features(v), {}
         for who, net, inputs in (("teacher", self.teacher, h), ("student", self.student, x)):
-            out = []
-            for order in range(orders):                          # the same slots for all orders
-                torch.random.set_rng_state(state)
-                out.append(net(inputs, h, order))
-            found |= {f"A_DEC, {who}": torch.stack([masks for _, masks, _ in out]).mean(0),
-                      f"A_SLOT, {who}": out[0][2]}
+            s, a = net.slots(net.mlp(inputs))                    # the same slots for all orders
+            masks = [net.decoder(s, h, order, centres(a[-1]))[1] for order in range(orders)]
+            found |= {f"A_DEC, {who}": torch.stack(masks).mean(0), f"A_SLOT, {who}": a[-1]}
         return found
 
 
@@ -169,6 +166,8 @@ def build(cfg):
             return MLP(cfg.dim, c, n, cfg.hidden, cfg.relative)
         return Autoregressive(cfg.dim, c, n, cfg.depth, cfg.heads, cfg.decoder == "parallel")
 
+    if cfg.teacher >= 1:
+        common.fail(f"--teacher {cfg.teacher} leaves no step for the student: give a part below 1")
     weight = cfg.attention if cfg.teacher else 0.
     return SPOT(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.times, cfg.norm, cfg.tune, weight)
 
@@ -214,9 +213,9 @@ def main(cfg):
         set_lr(optimizer, cosine(step - first, last - first, cfg.lr, warmup=cfg.warmup))
         if step >= stage:
             method.graduate()
-        orders = torch.randint(9, (2,)).tolist() if cfg.permutations else (0, 0)
+        order = torch.randint(9, (2,)).tolist() if cfg.permutations else (0, 0)  # student's, teacher's
         with run.autocast():
-            loss = model(normalise(x), *orders)
+            loss = model(normalise(x), *order)
         optimizer.zero_grad()
         run.finite(loss).backward()
         nn.utils.clip_grad_norm_(method.parameters(), cfg.clip, norm_type=float("inf"))

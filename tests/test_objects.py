@@ -115,6 +115,22 @@ def test_an_unknown_decoder_is_refused(name):
 
 # ---- spot
 
+def test_a_teacher_that_takes_the_whole_run_is_refused():
+    with pytest.raises(SystemExit, match="leaves no step for the student: give"):
+        small("spot", teacher=1.)
+
+
+def test_all_orders_read_the_same_slots():
+    """With an MLP, which knows no order, nine orders are one, though the teacher's slots are drawn."""
+    _, method = small("spot")
+    method.eval()
+    torch.manual_seed(3)
+    one = method.segment(x(), 1)
+    torch.manual_seed(3)
+    nine = method.segment(x(), 9)
+    assert all(torch.allclose(one[who], nine[who], atol=1e-6) for who in one)
+
+
 def test_match_is_the_best_of_all_assignments():
     match, g = load("spot").match, torch.Generator().manual_seed(0)
     t, s = torch.randint(4, (2, 5, 20), generator=g)

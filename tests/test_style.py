@@ -17,7 +17,8 @@ ALLOWED = {"torch", "triton", "einops", "numpy", "pytest", "hypothesis", "PIL", 
 OWN = {"common", "kernels"}
 NEED = ("views.py", "slots.py")                                  # augment.py, slot_attention.py
 LOOP = [r"for step, index in run\.steps\(len\(data\.images\)\):", r"x(, y)? = data\.images\[index\]",
-        r"set_lr\(optimizer, cosine\(step.*, cfg\.lr, warmup=cfg\.warmup\)\)",
+        r"set_lr\(optimizer, cosine\(step(, run\.total| - first, last - first), cfg\.lr, "
+        r"warmup=cfg\.warmup\)\)",
         r"with run\.autocast\(\):", r"loss = model\(", r"optimizer\.zero_grad\(\)",
         r"run\.finite\(loss\)\.backward\(\)", r"optimizer\.step\(\)", r"run\.log\(loss"]
 
