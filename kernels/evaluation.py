@@ -48,14 +48,27 @@ def linear_probe(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tens
     return logits_of(x, y, x_test, l2).argmax(1)
 
 
-def dense_probe(a: Tensor, y: Tensor, a_test: Tensor, y_test: Tensor, l2: float = 1e-3) -> float:
+def dense_probe(a: Tensor, y: Tensor, a_test: Tensor, size: tuple, l2: float = 1e-3) -> Tensor:
     """Semantic segmentation by one linear layer on maps a [N,D,h,w], y [N,H,W] the class of each pixel: it
-    learns the share of each class in each cell; its logits are enlarged bilinearly. -> mIoU of a_test"""
-    k = int(max(y.max(), y_test.max())) + 1
+    learns the share of each class in each cell; its logits are enlarged bilinearly. -> classes of a_test
+    [M,*size]"""
+    k = int(y.max()) + 1
     shares = torch.stack([F.adaptive_avg_pool2d((y == c).float(), a.shape[2:]) for c in range(k)], 1)
     rows = [m.movedim(1, 3).flatten(0, 2) for m in (a, shares, a_test)]  # [N*h*w,D], [N*h*w,K], [M*h*w,D]
     z = logits_of(*rows, l2).view(len(a_test), *a_test.shape[2:], k).movedim(3, 1)       # [M,K,h,w]
-    return class_iou(F.interpolate(z, y_test.shape[1:], mode="bilinear").argmax(1), y_test, k)
+    return F.interpolate(z, size, mode="bilinear").argmax(1)
+
+
+@torch.no_grad()
+def segment(encode, data, n: int = 2000) -> tuple[Tensor, Tensor]:
+    """Classes [M,H,W] of the test images' pixels, told by a linear layer on maps, learned from n images at
+    most, and the true ones: 0 is the ground, 1 + y a toy of class y. encode: uint8 [n,3,H,W] -> [n,D,h,w]"""
+    def places(images, masks, labels):                           # -> [n,D,h,w], [n,H,W]
+        a = torch.cat([encode(x).float() for x in images.split(100)])
+        return a, (masks > 0) * (1 + labels[:, None, None])
+    a, truth = places(data.test_images, data.test_masks, data.test_labels)
+    few = places(data.images[:n], data.masks[:n], data.labels[:n])
+    return dense_probe(*few, a, truth.shape[1:]), truth
 
 
 def class_iou(predicted: Tensor, truth: Tensor, k: int) -> float:

@@ -31,13 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any 
 import common
 from common import Run, cosine, load_data, make_encoder, parse, set_lr
 from kernels.encoders import read_checkpoint
-from kernels.evaluation import dense_probe, some_of_each_class
+from kernels.evaluation import class_iou, segment, some_of_each_class
+from kernels.slots import coloured
 from kernels.views import normalise, views
 
 
 @dataclass
 class Config(common.Config):
     run: str = ""                  # folder of a finished run: its encoder, and its data if --data names none
+    scratch: bool = False          # forget what the run has learned: the same network, untrained
     cls: bool = False              # without --run: a ViT's [CLS] token, not the mean of its patches
     labels: float = 1.             # share of the labelled images, of each class
     probes: bool = True            # of every layer, and of the places of the last map
@@ -75,25 +77,17 @@ def build(cfg, encoder=None, classes=10):
     return Transfer(encoder or make_encoder(cfg, **vit), classes, cfg.smoothing)
 
 
-def pretrained(folder):                                          # of a finished run -> encoder, its flags
+def pretrained(folder, scratch=False):                           # of a finished run -> encoder, its flags
     try:
         result = json.loads((folder / "result.json").read_text())
         module = importlib.import_module(result["method"])       # in the folder of this file
         cfg = module.Config(**{k: v for k, v in result["flags"].items() if hasattr(module.Config, k)})
         encoder = module.build(cfg).encoder
-        encoder.load_state_dict(read_checkpoint(folder / "encoder.pt"), strict=True)
+        if not scratch:
+            encoder.load_state_dict(read_checkpoint(folder / "encoder.pt"), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as e:
         common.fail(f"--run {folder} is no folder of a finished run ({str(e).splitlines()[0]})")
     return encoder.requires_grad_(True), cfg
-
-
-@torch.no_grad()
-def dense(encoder, data, n=2000):                                # -> mIoU of the last map of n images
-    def places(images, masks, labels):                           # -> [n,D,h,w], classes [n,H,W], 0 = ground
-        a = torch.cat([encoder.eval().layers(normalise(x))[-1].float() for x in images.split(100)])
-        return a, (masks > 0) * (1 + labels[:, None, None])
-    return dense_probe(*places(data.images[:n], data.masks[:n], data.labels[:n]),
-                       *places(data.test_images, data.test_masks, data.test_labels))
 
 
 def by_layer(method, decay, weight_decay):                       # -> parameter groups, each with its scale
@@ -108,10 +102,11 @@ def by_layer(method, decay, weight_decay):                       # -> parameter 
 
 
 def main(cfg):
-    encoder, source = pretrained(Path(cfg.run).expanduser()) if cfg.run else (None, cfg)
+    torch.manual_seed(cfg.seed)
+    encoder, source = pretrained(Path(cfg.run).expanduser(), cfg.scratch) if cfg.run else (None, cfg)
     if cfg.run:                                                  # its data, unless --data names others
-        cfg.out, cfg.weights, cfg.encoder = cfg.run, f"{cfg.run}/encoder.pt", source.encoder
-        cfg.data_dir, cfg.image_size = source.data_dir, source.image_size
+        cfg.out, cfg.weights = cfg.run, "" if cfg.scratch else f"{cfg.run}/encoder.pt"
+        cfg.encoder, cfg.data_dir, cfg.image_size = source.encoder, source.data_dir, source.image_size
         cfg.data = source.data if cfg.data == Config.data else cfg.data
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
@@ -141,7 +136,12 @@ def main(cfg):
     result = dict(labelled=len(chosen), accuracy=common.percent(predicted, data.test_labels))
     probes = cfg.probes and hasattr(method.encoder, "layers")
     if probes and masks is not None:
-        result |= dict(miou=dense(method.encoder, data), miou_untrained=dense(run.untrained, data))
+        (told, truth), (before, _) = (segment(lambda x, e=e: e.eval().layers(normalise(x))[-1], data)
+                                      for e in (method.encoder, run.untrained))
+        k = len(data.classes) + 1
+        result |= dict(miou=class_iou(told, truth, k), miou_untrained=class_iou(before, truth, k))
+        rows = {name: coloured(y[:10]) for name, y in dict(truth=truth, frozen=before, tuned=told).items()}
+        common.save_grid(run.folder / "places.png", {"x": data.test_images[:10]} | rows)
     return run.finish(layers=probes, **result)
 
 

@@ -639,12 +639,12 @@ def test_dense_probe_by_hand():
     are in the middle; a map that tells nothing gives every pixel the class with the largest share."""
     y = torch.randint(3, (40, 3, 5), generator=torch.Generator().manual_seed(0))     # [N,h,w]
     a = torch.cat([4 * F.one_hot(y, 3).movedim(3, 1), rand(40, 2, 3, 5)], 1)         # [N,5,h,w]
-    assert dense_probe(a[:30], y[:30].byte(), a[30:], y[30:].byte()) == 1.
+    assert torch.equal(dense_probe(a[:30], y[:30].byte(), a[30:], (3, 5)), y[30:])
     cells = torch.tensor([[[0, 1]], [[1, 0]], [[0, 0]], [[1, 1]]])       # [4,1,2], of 4 x 4 pixels
     large = cells.repeat_interleave(4, 1).repeat_interleave(4, 2)        # [4,4,8]
-    assert dense_probe(cells[:, None].float(), large, cells[:, None].float(), large) == 1.
+    assert torch.equal(dense_probe(cells[:, None].float(), large, cells[:, None].float(), (4, 8)), large)
     three = torch.tensor([[[0, 2], [2, 2]]]).repeat(4, 1, 2)     # [4,2,4], cells of 2 x 2: 3 of 4 are class 2
-    assert dense_probe(torch.ones(4, 7, 1, 2), three, torch.ones(4, 7, 1, 2), three) == .75 / 2
+    assert (dense_probe(torch.ones(4, 7, 1, 2), three, torch.ones(4, 7, 1, 2), (6, 12)) == 2).all()
 
 
 def test_patches_by_word_are_the_places_nearest_to_it():

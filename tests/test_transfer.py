@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from running import METHODS, ROOT, load, train
 
 import common
+from kernels import evaluation
 from kernels.encoders import create_encoder
 from kernels.views import normalise
 
@@ -49,6 +50,25 @@ def test_a_run_of_any_method_is_taken_up(name, tmp_path):
     method(x, torch.tensor([0, 1])).backward()
     moving = [p for p in method.parameters() if p.grad is not None and p.grad.abs().max() > 0]
     assert len({scales[id(p)] for p in moving}) >= (2 if name == "pixelcnn" else 4)      # features of layer 1
+
+
+def test_from_scratch_a_run_gives_its_network_and_its_data_alone(run, monkeypatch):
+    """--scratch: the weights are random, the same for the same seed; all layers learn at one rate."""
+    monkeypatch.setattr(common.Run, "finish", lambda self, **more: None)
+
+    def start(seed):
+        seen, begin = [], common.Run.start
+        monkeypatch.setattr(common.Run, "start", lambda self, method, data, reference, optimizer: (
+            seen.extend([method.encoder.state_dict()["blocks.0.attn.qkv.weight"].clone(), optimizer]),
+            begin(self, method, data, reference, optimizer))[1])
+        flags = f"--run {run} --scratch --steps 1 --batch_size 20 --no-probes --seed {seed}".split()
+        transfer.main(cfg := common.parse(transfer.Config, transfer.PAPER, flags))
+        monkeypatch.setattr(common.Run, "start", begin)
+        assert cfg.data == "toys:n=100" and {g["scale"] for g in seen[1].param_groups} == {1.}
+        return seen[0]
+    learned = torch.load(run / "encoder.pt", weights_only=True)["blocks.0.attn.qkv.weight"]
+    first, again, other = start(0), start(0), start(1)
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, learned)
 
 
 def test_a_run_moves_to_other_data(run):
@@ -96,11 +116,12 @@ def test_every_layer_is_probed_before_and_after(run):
 def test_the_dense_probe_sees_the_class_of_each_pixel(run, monkeypatch):
     """Maps of the frozen encoder, ground 0, toy of class c: c + 1, of at most n images."""
     seen = []
-    monkeypatch.setattr(transfer, "dense_probe", lambda *a: seen.extend(a) or .5)
+    monkeypatch.setattr(evaluation, "dense_probe", lambda *a: seen.extend(a) or "told")
     data = common.load_data(common.Config(data="toys:n=100", image_size=16))
     encoder, _ = transfer.pretrained(run)
-    assert transfer.dense(encoder.train(), data, n=70) == .5
-    a, y, a_test, y_test = seen
+    told, y_test = transfer.segment(lambda x: encoder.eval().layers(normalise(x))[-1], data, n=70)
+    a, y, a_test, size = seen
+    assert told == "told" and size == (16, 16)
     torch.testing.assert_close(a, encoder.eval().layers(normalise(data.images[:70]))[-1].detach())
     assert a.shape == (70, 128, 8, 8) and a_test.shape == (100, 128, 8, 8) and not a.requires_grad
     assert len(y) == 70 and len(y_test) == 100
@@ -110,16 +131,20 @@ def test_the_dense_probe_sees_the_class_of_each_pixel(run, monkeypatch):
 
 
 def test_places_are_told_better_by_the_pixels_than_by_chance(tmp_path, monkeypatch):
-    """dense() with an encoder that passes pixels on finds more than the ground; probes can be left out."""
-    class Pixels(torch.nn.Module):
-        def layers(self, x):
-            return [x, F.avg_pool2d(x, 2)]
+    """Maps of pixels find more than the ground; the probes and their picture can be left out."""
     data = common.load_data(common.Config(data="toys:n=400,grey", image_size=16))
     ground = (data.test_masks == 0).float().mean().item() / 11   # what class 0 alone would have
-    assert ground < transfer.dense(Pixels(), data) < .5
+    told, truth = transfer.segment(lambda x: F.avg_pool2d(normalise(x), 2), data)
+    assert ground < transfer.class_iou(told, truth, 11) < .5
     flags = "--data toys:n=100 --image_size 16 --steps 1 --batch_size 50 --out".split()
-    results = [transfer.main(common.parse(transfer.Config, transfer.PAPER, [*flags, str(tmp_path), *more]))
-               for more in ([], ["--no-probes"])]
+    results, drawn = [], []
+    monkeypatch.setattr(common, "save_grid", lambda path, rows: drawn.append((path.name, rows)))
+    for more in ([], ["--no-probes"]):
+        cfg = common.parse(transfer.Config, transfer.PAPER, [*flags, str(tmp_path), *more])
+        results.append(transfer.main(cfg))
+    (name, rows), = drawn
+    assert name == "places.png" and list(rows) == ["x", "truth", "frozen", "tuned"]
+    assert all(x.shape == (10, 3, 16, 16) for x in rows.values()) and len(rows["truth"].unique()) > 5
     assert all(0 < results[0][k] < 1 for k in ("miou", "miou_untrained"))
     assert "layers" not in results[1] and "miou" not in results[1] and results[0]["knn"] == results[1]["knn"]
 
