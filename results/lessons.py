@@ -4,16 +4,18 @@
     python results/lessons.py batch_sizes [--seed K]  SimCLR and MoCo, 32 to 1,024 images a step; seeds 0 1 2
     python results/lessons.py mask_ratio [--seed K]   MAE's Figure 5: what is hidden, 25 to 90 %
     python results/lessons.py label_efficiency [--seed K]    fine-tuned and from scratch, 1 to 100 % of labels
+    python results/lessons.py tenth [--seed K]        each method, fine-tuned with a tenth of the labels
     python results/lessons.py objects [--seed K]      SPOT with other decoders, and on other encoders
     python results/lessons.py attmask [--seed K]      iBOT: what is hidden, of 5 to 100 % of the images
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
-Label efficiency: 300 steps of 64 images at a rate of 3e-3 for all, pre-trained or not. Layers and places
-are probed with a tenth of the labels.
+Label efficiency, and a tenth: 300 steps of 64 images, pre-trained or not; the rate is 3e-3 for ResNets, 1e-3
+for transformers. Layers and places are probed with a tenth of the labels.
 Batch sizes: SimCLR's negatives are the rest of its batch, MoCo's are keys of earlier batches. Every run sees
 89,600 images; the rate goes with the square root of the batch size, as is usual with AdamW. What has been run
 is not run again.
 """
+import importlib
 import json
 import re
 import shutil
@@ -21,7 +23,7 @@ import statistics
 import subprocess
 import sys
 
-from table import ROOT, origin, read, run_all, run_one
+from table import ROOT, grouped, origin, read, run_all, run_one
 
 SIZES, IMAGES, RATE = (32, 64, 128, 256, 512, 1024), 89_600, 1e-3
 METHODS = dict(simclr="SimCLR", moco="MoCo v2")
@@ -49,14 +51,14 @@ def bars(axis, found, label, **style):
 def once(words, file, folder):
     """Run the command if it has no line in `file`; it writes into runs/`folder`."""
     if " ".join(["python", *words]) not in [r["command"] for r in read(file)]:
-        run_one(words, file, [ROOT / "runs" / folder / "result.json"])
+        run_one(words, file, ROOT.glob(f"runs/{folder}/result.json"))
 
 
 def tune(start, share, seed, file, *more):
     """Fine-tune a run, or train an encoder from scratch, with a share of the labels."""
     folder = start[1].removeprefix("runs/") + "/" if start[0] == "--run" else ""
     words = ["methods/transfer.py", *start, "--labels", share, *more, "--seed", seed]
-    once(words, file, f"{folder}transfer-toys-seed{seed}")
+    once(words, file, f"{folder}transfer-toys*-seed{seed}")
 
 
 def draw(rows, path):
@@ -125,6 +127,22 @@ def label_efficiency(seeds):
             for share in SHARES:
                 tune(start, share, seed, file, "--lr", "3e-3", *["--no-probes"] * (share != ".1"))
     draw_labels(read(file), ROOT / "results/labels.png")
+
+
+def tenth(seeds):
+    """The first table's runs, fine-tuned with a tenth of the labels, and their networks from scratch."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+    file = ROOT / "results/tenth.jsonl"
+    for seed in seeds[1:] or ["0"]:
+        for name in (name for group, name in grouped() if group != "Objects"):
+            cfg = importlib.import_module(name).Config()
+            run = f"runs/{name}-{re.sub('[^a-z0-9.=]+', '-', cfg.data)}-seed{seed}"
+            if not (ROOT / run / "encoder.pt").exists():
+                subprocess.run([sys.executable, f"methods/{name}.py", "--seed", seed], cwd=ROOT, check=True)
+            more = ["--lr", "3e-3"] * cfg.encoder.startswith("resnet")
+            more += ["--data", "toys:n=20000"] * ("frames" in run)       # its clips have no one label each
+            for scratch in ([], ["--scratch"]):
+                tune(["--run", run, *scratch], ".1", seed, file, *more, "--no-probes")
 
 
 def draw_labels(rows, path):
@@ -210,7 +228,7 @@ def matrix():
 
 
 if __name__ == "__main__":
-    lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, label_efficiency, attmask, objects)}
+    lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, label_efficiency, tenth, attmask, objects)}
     if sys.argv[1:2] in (["matrix"], ["inpainting"]):
         dict(matrix=matrix, inpainting=inpainting)[sys.argv[1]]()
     elif sys.argv[1:] and sys.argv[1] in lessons:

@@ -101,20 +101,23 @@ def table(file):
     """The table of a results file, by group: mean and standard deviation over the seeds."""
     results, toys, spent = [r for r in read(file) if "knn" in r], file.stem == "toys", 0
     papers = json.loads((ROOT / "results/papers.json").read_text())
-    lines = head(COLUMNS + ["in the paper, not here"] * toys)
+    few = tenth(ROOT / "results/tenth.jsonl") if toys else {}
+    columns = COLUMNS + ["10 % of labels (scratch)"] * bool(few) + ["in the paper, not here"] * toys
+    lines = head(columns)
     if not results:
         return "Not measured yet."
     for group, name in grouped():
         rows = [r for r in results if r["method"] == name]
         if not rows:
             continue
-        if (title := f"| **{group}** {'| ' * (len(COLUMNS) + toys - 1)}|") not in lines:
+        if (title := f"| **{group}** {'| ' * (len(columns) - 1)}|") not in lines:
             lines.append(title)
         title, *about = methods()[name]
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
         spent += statistics.mean(quiet) * len(rows) if quiet else 0
         cells = [f"[{title}](methods/{name}.py)", *about, f"{statistics.mean(quiet):.0f}" if quiet else ""]
-        cells += probes(rows)[:3] + [paper(papers, name)] * toys
+        tuned = few[name][1] + f" ({few[name][2]})" if name in few else ""
+        cells += probes(rows)[:3] + [tuned] * bool(few) + [paper(papers, name)] * toys
         lines.append(f"| {' | '.join(map(str, cells))} |")
     pixels = results[0]["pixels"]
     lines.append(f"\nPixels, reduced to 16 x 16: k-NN {pixels['knn']:.1f}, linear {pixels['linear']:.1f}.")
@@ -127,6 +130,25 @@ def paper(papers, name):
     """The cell with the paper's own figure."""
     one = papers.get(name, dict(figure="", arxiv=""))
     return f"[{one['figure']}](https://arxiv.org/abs/{one['arxiv']})" if one["arxiv"] else one["figure"]
+
+
+def tenth(file):
+    """{method: [labels, fine-tuned, from scratch, frozen and probed]}, of those that have both runs."""
+    rows, found = read(file), {}
+    for _, name in grouped():
+        mine = [r for r in rows if f"--run runs/{name}-" in r["command"]]
+        tuned, scratch = ([r for r in mine if ("--scratch" in r["command"]) == no] for no in (False, True))
+        if tuned and scratch:
+            cells = [mean(r["accuracy"] for r in x) for x in (tuned, scratch)]
+            found[name] = [f"{tuned[0]['labelled']:,}", *cells, mean(r["untrained"]["linear"] for r in tuned)]
+    return found
+
+
+def tenth_table(file):
+    """What each method's encoder is worth with a tenth of the labels, beside the same from scratch."""
+    lines = head(["method", "labels", "fine-tuned, %", "from scratch, %", "frozen, linear, %"])
+    lines += [f"| {' | '.join([methods()[name][0], *cells])} |" for name, cells in tenth(file).items()]
+    return "\n".join([*lines, "", source(file)])
 
 
 def layers_table(file):
@@ -227,10 +249,10 @@ def kernel_table(file):
 def readme(text):
     """`text` with the table of each results file, or another view of it, between its marks."""
     views = dict(kernels=kernel_table, variants=variants_table, logs=curves_shown, layers=layers_table,
-                 objects=objects_table)
+                 objects=objects_table, tenth=tenth_table)
 
     def fill(m):
-        how = views.get((m[3] or m[2][8:]).split("-")[0].strip(), table)
+        how = views.get(re.split("[-.]", m[3].strip() if m[3] else m[2][8:])[0], table)
         return f"{m[1]}{how(ROOT / m[2])}\n{m[4]}"
     marks = r"(<!-- (results/[\w.=-]+)( layers| objects)? -->\n).*?(<!-- end -->)"
     return re.sub(marks, fill, text, flags=re.S)

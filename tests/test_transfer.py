@@ -268,12 +268,15 @@ def lessons(tmp_path, monkeypatch):
 
     def run_one(words, file, results):
         ran.append(words)
-        share = float(words[words.index("--labels") + 1])
-        row = dict(command=" ".join(["python", *words]), labelled=int(100 * share), accuracy=90 * share,
-                   untrained=dict(linear=50 * share))
+        cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
+        row = dict(command=" ".join(["python", *words]), seed=cfg.seed, labelled=int(100 * cfg.labels),
+                   accuracy=90 * cfg.labels, untrained=dict(linear=50 * cfg.labels), machine="m", torch="t")
         with open(file, "a") as f:
             f.write(json.dumps(row) + "\n")
-        assert [r.parent.name for r in results] == [f"transfer-toys-seed{words[-1]}"]
+        written = tmp_path / (cfg.run or "runs") / f"transfer-toys-seed{cfg.seed}/result.json"
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.touch()
+        assert list(results) == [written]
 
     monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(module, "run_one", run_one)
@@ -295,11 +298,34 @@ def test_label_efficiency_runs_what_is_missing_and_draws(lessons):
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:4] + lines[5:]) + "\n")  # the fifth of the runs is lost
     for name in module.STARTS:
-        (root / f"runs/{name}-toys-seed3").mkdir(parents=True)
         (root / f"runs/{name}-toys-seed3/encoder.pt").touch()
     ran.clear()
     module.label_efficiency(["--seed", "3"])
     assert ran == [tuned[4]]
+
+
+def test_a_tenth_of_the_labels_for_every_method_of_the_first_table(lessons, monkeypatch):
+    """Trained where there is no run, then fine-tuned and from scratch; what has been run is not run again."""
+    module, ran, root = lessons
+    (root / "runs/mae-toys-seed2").mkdir(parents=True)
+    (root / "runs/mae-toys-seed2/encoder.pt").touch()
+    module.tenth(["--seed", "2"])
+    names = [name for group, name in module.grouped() if group != "Objects"]
+    trained, tuned = ([w for w in ran if ("transfer" in w[0]) == which] for which in (False, True))
+    assert trained == [[f"methods/{name}.py", "--seed", "2"] for name in names if name != "mae"]
+    assert ["--scratch" in words for words in tuned] == [False, True] * len(names)
+    for name, words in zip(names, tuned[::2], strict=True):
+        cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
+        own = common.Config(data=load(name).Config().data, seed=2, out=str(root))
+        assert cfg.run == f"runs/{common.Run(own, ROOT / f'methods/{name}.py').folder.name}"
+        assert (cfg.data == "toys:n=20000") == (name == "video_colorization") and cfg.labels == .1
+        assert cfg.lr == (.003 if load(name).Config().encoder == "resnet_small" else .001)
+    ran.clear()
+    module.tenth(["--seed", "2"])
+    assert not [words for words in ran if "transfer" in words[0]]
+    table = importlib.import_module("table")
+    lines = table.tenth_table(root / "results/tenth.jsonl").splitlines()
+    assert lines[2 + names.index("mae")] == "| MAE | 10 | 9.0 | 9.0 | 5.0 |"
 
 
 def test_the_lessons_draw_the_means_over_the_seeds(lessons, monkeypatch):
