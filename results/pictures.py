@@ -28,7 +28,8 @@ PICTURES = dict(                                                 # of the runs w
     dinosaur="dinosaur-toys-objects=3-jitter=1-small=.5-large=.6-grey-n=6000-seed0/slots",
     spot="spot-toys-objects=3-jitter=1-small=.5-large=.6-grey-n=6000-seed0/slots",
     pixelcnn="pixelcnn-toys-n=4000-noise=0-seed0/samples",
-    igpt="igpt-toys-n=6000-noise=0-seed0/completions", igpt_layers="igpt-toys-n=6000-noise=0-seed0/layers")
+    igpt="igpt-toys-n=6000-noise=0-seed0/completions", igpt_layers="igpt-toys-n=6000-noise=0-seed0/layers",
+    transfer="rotnet-toys-seed0/transfer-toys-seed0/places")
 ROWS = dict(mae=(0, 1), rotnet=(0, 2), colorization=(0, 3), video_colorization=(0, 1), context_encoder=(0, 2),
             jigsaw=(1, 2), context_prediction=(4, 5), split_brain=(1, 2), barlow_twins=(0, 1), vicreg=(0, 1),
             dino=(0, 5), swav=(1, 6), bownet=(7,), ibot=(0, 7), beit=(0, 1), simmim=(0, 1), pixelcnn=(1, 2),
