@@ -137,7 +137,7 @@ def tenth(file):
     rows, found = read(file), {}
     for _, name in grouped():
         mine = [r for r in rows if f"--run runs/{name}-" in r["command"]]
-        tuned, scratch = ([r for r in mine if ("--scratch" in r["command"]) == no] for no in (False, True))
+        tuned, scratch = ([r for r in mine if ("--scratch" in r["command"]) == x] for x in (False, True))
         if tuned and scratch:
             cells = [mean(r["accuracy"] for r in x) for x in (tuned, scratch)]
             found[name] = [f"{tuned[0]['labelled']:,}", *cells, mean(r["untrained"]["linear"] for r in tuned)]
