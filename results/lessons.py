@@ -177,7 +177,8 @@ def attmask(seeds):
 
 
 def objects(seeds):
-    """SPOT's decoders by reconstruction alone, on one and the same frozen encoder; SPOT on other encoders."""
+    """SPOT's decoders by reconstruction alone, on one and the same frozen encoder; SPOT on other encoders;
+    both stages with the paper's decoder, also for longer."""
     file = ROOT / "results/variants-spot.jsonl"
     scenes = "toys-objects=3-jitter=1-small=.5-large=.6-grey-n=6000"
     for seed in seeds[1:] or ["0", "1", "2"]:
@@ -191,6 +192,8 @@ def objects(seeds):
                 command = [f"methods/{name}.py", "--seed", seed, "--data", "toys:grey", *flags]
                 subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
             spot("--weights", weights)
+    for steps in ([], ["--steps", "4400"]):
+        run_all(["variants-spot:spot"], ["--decoder", "autoregressive", *steps, *seeds])
 
 
 def inpainting():
