@@ -129,9 +129,10 @@ def test_splits(programs):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_uniform(n):
-    """A term of the sample plus one of the prototype: nothing tells which goes where. So with one sample."""
+    """A term of the sample plus one of the prototype: nothing tells which goes where. So with one sample.
+    The exponents are small, up to 2.5: one of 20 is itself rounded by more than the bound."""
     for dtype in [*LOW, torch.float64]:
-        for s in [randn(1, 9), torch.zeros(5, 9), torch.arange(5.)[:, None] / 4 - torch.arange(9.) / 8]:
+        for s in [randn(1, 9), torch.zeros(5, 9), torch.arange(5.)[:, None] / 32 - torch.arange(9.) / 64]:
             code = sinkhorn(s.to(DEVICE, dtype), .05, n)
             want = torch.full_like(code, 1 / 9)
             torch.testing.assert_close(code, want, rtol=8 * torch.finfo(dtype).eps, atol=0)
