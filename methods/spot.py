@@ -18,10 +18,10 @@ Run      python methods/spot.py
          .36 ± .01 (.33 ± .02, .06, .39, .28), ARI .53 ± .01 (.51 ± .04, -.02, .04, .55); 78 s on 2 cores,
          after dino.py's own run
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
-         the quick run's decoder is the MLP, positions as in dinosaur.py, for half of it is too little for a
-         teacher with the other one (one seed); nor is the encoder tuned; each patch's features are told less
-         their mean, in units of their deviation, unless --no-norm; the autoregressive decoder has no
-         LayerNorm on the residual stream before the first block; AdamW for Adam.
+         the quick run's decoder is the MLP, positions as in dinosaur.py, for the paper's takes twice the
+         steps; nor is the encoder tuned; each patch's features are told less their mean, in units of their
+         deviation, unless --no-norm; the autoregressive decoder has no LayerNorm on the residual stream
+         before the first block; AdamW for Adam.
 """
 import copy
 import subprocess

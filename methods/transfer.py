@@ -39,7 +39,7 @@ from kernels.views import normalise, views
 @dataclass
 class Config(common.Config):
     run: str = ""                  # folder of a finished run: its encoder, and its data if --data names none
-    scratch: bool = False          # forget what the run has learned: the same network, untrained
+    scratch: bool = False          # forget what --run has learned: the same network, untrained
     cls: bool = False              # without --run: a ViT's [CLS] token, not the mean of its patches
     labels: float = 1.             # share of the labelled images, of each class
     probes: bool = True            # of every layer, and of the places of the last map
@@ -79,14 +79,14 @@ def build(cfg, encoder=None, classes=10):
 
 def pretrained(folder, scratch=False):                           # of a finished run -> encoder, its flags
     try:
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads(Path(folder, "result.json").expanduser().read_text())
         module = importlib.import_module(result["method"])       # in the folder of this file
         cfg = module.Config(**{k: v for k, v in result["flags"].items() if hasattr(module.Config, k)})
         encoder = module.build(cfg).encoder
         if not scratch:
-            encoder.load_state_dict(read_checkpoint(folder / "encoder.pt"), strict=True)
+            encoder.load_state_dict(read_checkpoint(Path(folder, "encoder.pt").expanduser()), strict=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as e:
-        common.fail(f"--run {folder} is no folder of a finished run ({str(e).splitlines()[0]})")
+        common.fail(f"--run {folder or '(none)'} is no folder of a finished run ({str(e).splitlines()[0]})")
     return encoder.requires_grad_(True), cfg
 
 
@@ -103,7 +103,7 @@ def by_layer(method, decay, weight_decay):                       # -> parameter 
 
 def main(cfg):
     torch.manual_seed(cfg.seed)
-    encoder, source = pretrained(Path(cfg.run).expanduser(), cfg.scratch) if cfg.run else (None, cfg)
+    encoder, source = pretrained(cfg.run, cfg.scratch) if cfg.run or cfg.scratch else (None, cfg)
     if cfg.run:                                                  # its data, unless --data names others
         cfg.out, cfg.weights = cfg.run, "" if cfg.scratch else f"{cfg.run}/encoder.pt"
         cfg.encoder, cfg.data_dir, cfg.image_size = source.encoder, source.data_dir, source.image_size

@@ -9,8 +9,8 @@
     python results/lessons.py attmask [--seed K]      iBOT: what is hidden, of 5 to 100 % of the images
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
-Label efficiency, and a tenth: 300 steps of 64 images, pre-trained or not; the rate is 3e-3 for ResNets, 1e-3
-for transformers. Layers and places are probed with a tenth of the labels.
+Label efficiency, and a tenth: 300 steps of 64 images, pre-trained or not; the rate is 3e-3 for ResNets, else
+1e-3. Label efficiency probes layers and places, too, with a tenth of the labels.
 Batch sizes: SimCLR's negatives are the rest of its batch, MoCo's are keys of earlier batches. Every run sees
 89,600 images; the rate goes with the square root of the batch size, as is usual with AdamW. What has been run
 is not run again.

@@ -157,6 +157,11 @@ def test_what_is_no_run_is_named(tmp_path):
             transfer.pretrained(tmp_path)
 
 
+def test_from_scratch_there_must_be_a_run():
+    with pytest.raises(SystemExit, match="is no folder of a finished run"):
+        transfer.main(common.parse(transfer.Config, transfer.PAPER, ["--scratch"]))
+
+
 def test_a_share_of_the_labels_is_one_of_each_class():
     torch.manual_seed(0)
     labels = torch.tensor([0] * 50 + [1] * 30 + [7] * 9)[torch.randperm(89)]
