@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #   ./run.sh                         train a masked autoencoder, offline, two minutes on two cores
 #   ./run.sh METHOD [--flags]        train any method: ./run.sh simclr --data cifar10; ./run.sh simclr --help
-#   ./run.sh test [pytest's flags]   all tests
+#   ./run.sh test [pytest's flags]   all tests, on all cores (-n 0: in one process)
 #   ./run.sh all [--flags]           every method with seeds 0, 1, 2 into results/, what is missing, then table
 #   ./run.sh table                   write the README's tables from results/
 #   ./run.sh bench [FILE ...]        how fast the kernels are; without a GPU, what is fast on a CPU too
@@ -13,13 +13,13 @@ if ! "$python" -c "import torch" 2>/dev/null; then               # no active env
     [ -x "$here/.venv/bin/python" ] || "$python" -m venv "$here/.venv"
     python=$here/.venv/bin/python
 fi
-if ! "$python" -c "import torch, einops, numpy, PIL, scipy, tqdm, matplotlib, pytest, hypothesis, ruff" 2>/dev/null; then
+if ! "$python" -c "import torch, einops, numpy, PIL, scipy, tqdm, matplotlib, pytest, xdist, hypothesis, ruff" 2>/dev/null; then
     "$python" -c "import torch" 2>/dev/null && skip='^torch' || skip='^$'        # a torch that is there stays
     grep -v "$skip" "$here/requirements.txt" | "$python" -m pip install -r /dev/stdin
 fi
 
 case ${1:-mae} in
-    test) shift; cd "$here" && exec "$python" -m pytest "$@" ;;
+    test) shift; cd "$here" && exec "$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@" ;;
     all) shift; exec "$python" "$here/results/table.py" all "$@" ;;
     table) exec "$python" "$here/results/table.py" ;;
     bench) shift; "$python" "$here/results/bench.py" "$@" && exec "$python" "$here/results/table.py" ;;

@@ -10,5 +10,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)                                        # tensors are small, and the cores may be busy
+os.environ["OMP_NUM_THREADS"] = "1"                             # so do the processes that tests start
 hypothesis.settings.register_profile("ssl", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("ssl")

@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -176,26 +175,17 @@ def compile_all(name):
 
 # ---- the tests
 
-def child(name):
+@functools.cache
+def compiled(name):                                               # what its child printed
+    pytest.importorskip("triton", reason="cross-compilation needs triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(PYTHONPATH=str(ROOT))
     out = subprocess.run([sys.executable, __file__, name], env=env, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     return [json.loads(line) for line in out.stdout.splitlines()]
 
 
-@pytest.fixture(scope="session")
-def compiled(request):
-    """name -> what its child printed. Children of all files that this session asks for, two at a time."""
-    pytest.importorskip("triton", reason="cross-compilation needs triton")
-    asked = [i.callspec.params for i in request.session.items if i.path == Path(__file__)]
-    names = {p["case"][0] if "case" in p else p["file"].stem for p in asked} & set(LAUNCHES)
-    pool = ThreadPoolExecutor(2)
-    rows = {name: pool.submit(child, name) for name in sorted(names)}
-    return lambda name: rows[name].result()
-
-
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_compiles(case, compiled):
+def test_compiles(case):
     rows = [r for r in compiled(case[0]) if r["case"] == list(case)]
     assert rows
     for r in rows:
@@ -206,7 +196,7 @@ def test_compiles(case, compiled):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "kernels").glob("*.py")), ids=lambda file: file.stem)
-def test_every_kernel_is_listed(file, compiled):
+def test_every_kernel_is_listed(file):
     """A kernel is a jitted function that stores. Its file is in LAUNCHES, and a case launches it."""
     kernels = re.findall(r"@triton\.jit\n\s*def (\w+)\((?:(?!\n\n).)*?tl\.store", file.read_text(), re.S)
     launched = {r["kernel"] for r in compiled(file.stem)} if file.stem in LAUNCHES else set()

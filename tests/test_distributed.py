@@ -217,7 +217,6 @@ def together(z):
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
     share, swapped.calls = slice(rank, None, 2), iter(range(9))             # as Run.steps() deals the images
     z = rand(3, 2, seed=7 + rank).requires_grad_()
@@ -234,14 +233,12 @@ def worker(rank, folder):
 def both(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("gloo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
-        while not context.join(1):
-            if time.monotonic() > late:
-                for process in context.processes:
-                    process.kill()
-                pytest.fail("the processes wait for each other")
+    context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
+    while not context.join(1):
+        if time.monotonic() > late:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -318,7 +315,7 @@ def test_batch_size_must_be_a_multiple(tmp_path, monkeypatch):
 def test_torchrun_from_end_to_end(tmp_path):
     """One folder, one table, one log; the weights that are kept are those of plain BatchNorm."""
     flags = "--data toys:n=300 --image_size 16 --batch_size 32 --steps 4 --device cpu --out".split()
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                ROOT / "methods" / "simclr.py", *flags, tmp_path / "runs"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=200)

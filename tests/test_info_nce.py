@@ -445,7 +445,6 @@ def test_alone_in_a_folder(tmp_path, triton, why):
 # ---- two processes, each with its rows against the keys of both
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
     rows = slice(7 * rank, 7 * rank + 7)
     q, k = (unit(14, 5, seed)[rows].requires_grad_() for seed in range(2))
@@ -456,9 +455,8 @@ def worker(rank, folder):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo gathers on the CPU")
-def test_two_processes_have_the_gradient_of_one(tmp_path, monkeypatch):
+def test_two_processes_have_the_gradient_of_one(tmp_path):
     """Each has a part of the loss of all, so DDP's mean over them is the gradient of the whole."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     context, late = mp.spawn(worker, (tmp_path,), nprocs=2, join=False), time.monotonic() + 120
     while not context.join(1):
         if time.monotonic() > late:

@@ -22,17 +22,14 @@ import common
 ROOT = Path(__file__).parents[1]
 FLAGS = "--data toys:n=300 --image_size 16 --batch_size 32 --device cpu".split()
 NAME = "simclr-toys-n=300-seed0"
-ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(OMP_NUM_THREADS="1")
+ENV = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
 
 @pytest.fixture(autouse=True)
 def as_before():
-    """One thread, for the same bits and for speed; the signal handlers of a stopped run are taken away."""
-    threads = torch.get_num_threads()
+    """The signal handlers of a stopped run are taken away."""
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(threads)
     for s, handler in before.items():
         signal.signal(s, handler)
 

@@ -269,7 +269,6 @@ def parts():
 
 
 def worker(rank, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=2)
     world, out = dist.group.WORLD, {}
     for name, (s, first) in parts().items():
@@ -294,14 +293,12 @@ def worker(rank, folder):
 def both(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("gloo")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
-        while not context.join(1):
-            if time.monotonic() > late:
-                for process in context.processes:
-                    process.kill()
-                pytest.fail("the processes wait for each other")
+    context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
+    while not context.join(1):
+        if time.monotonic() > late:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
     return [torch.load(folder / f"{rank}.pt", weights_only=True, map_location=DEVICE) for rank in (0, 1)]
 
 
