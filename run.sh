@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #   ./run.sh                         train a masked autoencoder, offline, two minutes on two cores
 #   ./run.sh METHOD [--flags]        train any method: ./run.sh simclr --data cifar10; ./run.sh simclr --help
-#   ./run.sh test [pytest's flags]   all tests, on all cores (-n 0: in one process)
+#   ./run.sh test [pytest's flags]   all tests, on up to four cores (-n 0: in one process)
 #   ./run.sh all [--flags]           every method with seeds 0, 1, 2 into results/, what is missing, then table
 #   ./run.sh table                   write the README's tables from results/
 #   ./run.sh bench [FILE ...]        how fast the kernels are; without a GPU, what is fast on a CPU too

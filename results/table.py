@@ -121,8 +121,8 @@ def table(file):
         lines.append(f"| {' | '.join(map(str, cells))} |")
     pixels = results[0]["pixels"]
     lines.append(f"\nPixels, reduced to 16 x 16: k-NN {pixels['knn']:.1f}, linear {pixels['linear']:.1f}.")
-    lines.append(f"The runs whose seconds are shown were trained for {spent / 60:.0f} minutes in all, data, "
-                 "evaluation and pictures not counted.")
+    lines.append(f"By the seconds shown, all seeds train for {spent / 60:.0f} minutes; data, evaluation and "
+                 "pictures are not counted.")
     return "\n".join([*lines, source(file)])
 
 
