@@ -162,7 +162,7 @@ if triton:
     def _launch(kernel, shift, scale, tensors, hidden, *rest, **options):
         tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
         (B, H, n, D), m, itemsize = tensors[0].shape, tensors[-1].shape[2], tensors[0].dtype.itemsize
-        tf32 = torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+        tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
         options |= dict(D=D, BD=max(16, 1 << (D - 1).bit_length()), PREC="tf32" if tf32 else "ieee",
                         enable_fp_fusion=True, **_tiles(D, itemsize, "KEYS" in options))
         with torch.cuda.device_of(tensors[0]):

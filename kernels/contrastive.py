@@ -145,7 +145,7 @@ if triton:
 
 def _plan(z, backward):
     z = z if z.stride(1) == 1 else z.contiguous()
-    tf32 = torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
     return z, dict(D=z.shape[1], PREC="tf32" if tf32 else "ieee", enable_fp_fusion=True,
                    **_tiles(z.shape[1], z.dtype.itemsize, _shared_memory(z), backward))
 

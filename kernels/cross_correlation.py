@@ -110,7 +110,7 @@ if triton:
     def _forward_triton(a: Tensor, b: Tensor | None, n: int, on: float, off: float) -> tuple[Tensor, Tensor]:
         a, b = (z if z.stride(1) == 1 else z.contiguous() for z in (a, a if b is None else b))
         N, D = a.shape
-        tf32 = torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+        tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
         options = _tiles(D, a.dtype.itemsize, _shared_memory(a)) | dict(PREC="tf32" if tf32 else "ieee")
         wide, tall = triton.cdiv(D, options["BN"]), triton.cdiv(D, options["BM"])
         loss = torch.empty(tall, wide, dtype=_acc(a), device=a.device)            # a sum a tile

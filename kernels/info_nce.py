@@ -145,7 +145,7 @@ if triton:
 
 def _plan(a, b, backward):
     a, b = (z if z.stride(1) == 1 else z.contiguous() for z in (a, b))
-    tf32 = torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
     options = dict(D=a.shape[1], PREC="tf32" if tf32 else "ieee", enable_fp_fusion=True,
                    **_tiles(a.shape[1], a.dtype.itemsize, _shared_memory(a), backward))
     parts = min(triton.cdiv(len(b), options["BN"]), PROGRAMS // triton.cdiv(len(a), options["BM"]))

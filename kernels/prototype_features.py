@@ -145,7 +145,7 @@ if triton:
 
 def _plan(a_s, b_s, a_t, b_t, c, tau_s, tau_t, backward, programs=264):           # two for each of 132 SMs
     tensors = [x if x is None else x.contiguous() for x in (a_s, b_s, a_t, b_t, c)]
-    tf32 = torch.get_float32_matmul_precision() != "highest" and not torch.version.hip
+    tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
     D, tile = a_s.shape[1], _tiles(a_s.shape[1], a_s.dtype.itemsize, _shared_memory(a_s), backward)
     grid = -(-len(a_s) // tile["BM"]), -(-D // tile.get("BO", D))
     splits = max(1, min(-(-len(b_s) // tile["BN"]), programs // (grid[0] * grid[1])))

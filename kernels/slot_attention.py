@@ -151,12 +151,12 @@ if triton:
         q, *rest = (None if x is None or not x.numel() else x.contiguous() for x in (q, *rest))
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
         (B, S, D), N, strides = q.shape, k.shape[1], (*k.stride()[:2], *v.stride()[:2])
-        splits = min(triton.cdiv(N, 64), triton.cdiv(PROGRAMS, B))
-        sums = torch.empty(B, splits, S, D + extra, dtype=_acc(q), device=q.device)
-        prec = "ieee" if torch.version.hip or torch.get_float32_matmul_precision() == "highest" else "tf32"
+        parts = min(triton.cdiv(N, 64), triton.cdiv(PROGRAMS, B))
+        sums = q.new_empty(B, parts, S, D + extra, dtype=_acc(q))
+        tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
         with torch.cuda.device_of(q):
-            kernel[B * splits,](q, k, v, sums, *rest, S, N, splits, *strides, eps, scale, PREC=prec,
-                                enable_fp_fusion=True, **_tiles(S, D, q.dtype.itemsize, prec))
+            kernel[B * parts,](q, k, v, sums, *rest, S, N, parts, *strides, eps, scale, enable_fp_fusion=True,
+                               **_tiles(S, D, q.dtype.itemsize, "tf32" if tf32 else "ieee"))
         return sums.sum(1)
 
 
@@ -166,7 +166,7 @@ def _tiles(S, D, itemsize, prec):
     fast, size = itemsize < (8 if prec == "tf32" else 4), BS * BD
     BN = 64 if fast and size <= 1024 else 32 if itemsize == 2 and size <= 4096 and BS < 128 else 16
     num_warps = 8 if itemsize > 2 and BN == 16 or BD > 128 and BN == 32 else 4
-    return dict(D=D, BS=BS, BD=BD, BN=BN, num_warps=num_warps, num_stages=1 if BN == 16 else 2)
+    return dict(D=D, BS=BS, BD=BD, BN=BN, PREC=prec, num_warps=num_warps, num_stages=1 if BN == 16 else 2)
 
 
 # ---- operators: what PyTorch runs on a device that has no kernel
