@@ -221,11 +221,12 @@ def inpainting():
 def matrix():
     """results/matrix.json: the linear probe of each pair, by the pair's place in the matrix."""
     command = ["methods/simclr.py", "--matrix", "--steps", "200", "--data", "toys:n=6000"]
+    about = origin()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     rows = [json.loads(file.read_text()) for file in sorted((ROOT / "runs/matrix").glob("*/*/result.json"))]
     pairs = {row["flags"]["only"]: dict(linear=row["linear"], knn=row["knn"]) for row in rows}
     whole = dict(command=" ".join(["python", *command]), seed=rows[0]["seed"], untrained=rows[0]["untrained"],
-                 **origin(), pairs=pairs)
+                 **about, pairs=pairs)
     (ROOT / "results/matrix.json").write_text(json.dumps(whole, indent=1))
     shutil.copy(ROOT / "runs/matrix.png", ROOT / "results/matrix.png")
 

@@ -20,6 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from functools import cache, partial
 from pathlib import Path
 
@@ -303,9 +304,13 @@ def run_one(command, file, results):
 def train(command, results):
     """Run it -> the newest of `results`, and what is in it with the command, the commit and the machine."""
     print("python", *command, flush=True)
+    began, about = time.time(), origin()                         # what runs, not what comes later
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    result = max(results, key=lambda f: f.stat().st_mtime)
-    return result, json.loads(result.read_text()) | dict(command=" ".join(["python", *command]), **origin())
+    written = [f for f in results if f.stat().st_mtime > began - 2]
+    if not written:
+        raise FileNotFoundError(f"{' '.join(command)} has left no result where it was looked for")
+    result = max(written, key=lambda f: f.stat().st_mtime)
+    return result, json.loads(result.read_text()) | dict(command=" ".join(["python", *command]), **about)
 
 
 def keep_log(result, row):
