@@ -25,7 +25,6 @@ from argparse import ArgumentParser, BooleanOptionalAction
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +33,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather, all_reduce
+from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
+from kernels.batchnorm import SyncBatchNorm
 from kernels.encoders import create_encoder, load_weights, read_checkpoint
 from kernels.evaluation import knn, linear_probe, spread
 from kernels.lars import LARS
@@ -72,7 +72,8 @@ class Config:
     resume: bool = False           # go on from this run's last checkpoint
     save_every: int = 0            # steps between checkpoints; 0 makes ten in a run
 
-POSITIVE, BELOW_ONE = ("steps", "batch_size", "image_size", "lr", "tau"), ("momentum", "beta2", "warmup")
+POSITIVE = "steps batch_size image_size lr tau layers depth width dim heads k cell square patch first".split()
+BELOW_ONE, SHARES = ("momentum", "beta2", "warmup"), ("crop", "crop_max", "crop_local", "labels", "dropout")
 MAY_CHANGE = "resume", "save_every", "device", "data_dir", "out"  # what may differ when a run is resumed
 
 def parse(config, paper: dict, argv: list[str] | None = None):
@@ -93,11 +94,12 @@ def parse(config, paper: dict, argv: list[str] | None = None):
     given = {k: v for k, v in vars(given).items() if v is not None}
     start = (paper if given.pop("paper") else {}) | (dict(epochs=0.) if "steps" in given else {})
     cfg = config(**(start | given))
-    for f in (f for f in fields(cfg) if f.type in (int, float)):
-        value, limit = getattr(cfg, f.name), 1 if f.name in BELOW_ONE else math.inf
-        if not (0 < value < limit or value == 0 and f.name not in POSITIVE):
-            parser.error(f"--{f.name} is {value}: give a number {'above' if f.name in POSITIVE else 'from'} 0"
-                         + ", below 1" * (limit == 1))
+    for name in (f.name for f in fields(cfg) if f.type in (int, float)):
+        value, above, share = getattr(cfg, name), name in POSITIVE, name in SHARES
+        limit = 1 if share or name in BELOW_ONE else 2 ** 63 if isinstance(value, int) else math.inf
+        if not (0 < value < limit or value == 0 and not above or value == 1 and share):
+            parser.error(f"--{name} is {value}: give a number {'above' if above else 'from'} 0"
+                         + " to 1" * share + ", below 1" * (name in BELOW_ONE))
     return cfg
 
 class Data(NamedTuple):
@@ -139,7 +141,7 @@ def toy_switches(text: str) -> dict:
         name, _, value = part.partition("=")
         try:
             switches[name] = type(known[name])(float(value or 1))
-            if switches[name] < 0:
+            if not (name in ("n", "size", "objects", "frames")) <= switches[name] < 2 ** 63:
                 raise ValueError
         except (KeyError, ValueError, OverflowError):
             fail(f"--data toys:{part} is no switch of toys with a number; there are {', '.join(known)}")
@@ -203,6 +205,8 @@ def decode(file: Path, size: int) -> bytes | str:
     from PIL import Image, ImageOps
     try:
         with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("more than 8 bits a colour: save it with 8")
             image.draft("RGB", (2 * size, 2 * size))             # JPEG decodes at a fraction of its size
             image = ImageOps.exif_transpose(image).convert("RGB")
             return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC).tobytes()
@@ -216,11 +220,11 @@ def folder(root: Path, size: int) -> Data:
     if not files:
         fail(f"no images in {root}: give --data folder:PATH of images, or of a folder of images per class")
     with ProcessPoolExecutor() as pool:
-        bar = tqdm(pool.map(decode, files, repeat(size), chunksize=16), "decoding", len(files), leave=False)
+        found = pool.map(partial(decode, size=size), files, chunksize=16)
+        bar = tqdm(found, "decoding", len(files), leave=False)
         decoded = dict(zip(files, bar, strict=True))
     broken = {f: why for f, why in decoded.items() if isinstance(why, str)}
-    for f, why in broken.items():
-        print(f"skipped a broken image: {f} ({why})")
+    print(*(f"skipped a broken image: {f} ({why})\n" for f, why in broken.items()), sep="", end="")
     if len(broken) > len(files) / 100:
         fail(f"{len(broken)} of {len(files)} images in {root} are broken, more than 1 %: mend or remove them")
     parts = [f.relative_to(root).parts for f in files if f not in broken]  # (split?, class, ..., name)
@@ -235,7 +239,8 @@ def folder(root: Path, size: int) -> Data:
     x = torch.frombuffer(bytearray(b"".join(decoded[f] for f in files if f not in broken)), dtype=torch.uint8)
     x = x.view(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()
     print(f"{root}: {len(x)} images, {test.sum()} for testing, {len(classes)} classes, {len(broken)} broken")
-    return Data(*(t if t is None else t[s] for s in (~test, test) for t in (x, y)), classes)
+    mixed = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))   # the first n: of all classes
+    return Data(*(t if t is None else t[mixed[s[mixed]]] for s in (~test, test) for t in (x, y)), classes)
 
 def make_encoder(cfg: Config, **vit_options) -> nn.Module:
     """The encoder that `cfg.encoder` names, with `cfg.weights` if given. It has `.dim`."""
@@ -280,25 +285,6 @@ def gather(z: Tensor) -> Tensor:
     Every process computes the same loss of all rows: backward sums W copies, DDP's mean divides by W."""
     return torch.cat(all_gather(z.contiguous())) if world() > 1 else z
 
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the rows of all processes on the CPU, where torch.nn.SyncBatchNorm refuses to run."""
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):                                        # [B,C] or [B,C,h,w], the same B everywhere
-        if not self.training:
-            return super().forward(x)
-        dims, per_channel = [d for d in range(x.ndim) if d != 1], [1, -1] + [1] * (x.ndim - 2)
-        mean = all_reduce(x.mean(dims)) / world()                # [C]
-        x = x - mean.view(per_channel)
-        var = all_reduce(x.square().mean(dims)) / world()        # [C], biased
-        n = x.numel() / x.shape[1] * world()
-        self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.detach(), self.momentum)
-        self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
-        x = x * (var + self.eps).rsqrt().view(per_channel)
-        return x * self.weight.view(per_channel) + self.bias.view(per_channel) if self.affine else x
-
 def distribute(method: nn.Module) -> nn.Module:
     """DistributedDataParallel with synchronised BatchNorm under torchrun; `method` itself on one process."""
     if world() == 1:
@@ -313,8 +299,7 @@ def distribute(method: nn.Module) -> nn.Module:
 @torch.no_grad()
 def features(encoder: nn.Module, images: Tensor, batch: int = 100) -> Tensor:
     """uint8 images [N,3,H,W] -> features [N,D] in float32: evaluation mode, no augmentation."""
-    training = encoder.training
-    encoder.eval()
+    training, encoder = encoder.training, encoder.eval()
     out = torch.cat([encoder(normalise(x)).float() for x in images.split(batch)])
     encoder.train(training)
     return out
@@ -365,7 +350,8 @@ class Run:
             fail(f"--batch_size {cfg.batch_size} must be a multiple of the {world()} processes")
         if cfg.precision not in ("auto", "fp32", "bf16"):
             fail(f"--precision {cfg.precision} is unknown: give auto, fp32 or bf16 (fp16 overflows here)")
-        bf16 = dict(auto=on_gpu and torch.cuda.is_bf16_supported(), fp32=False, bf16=True)[cfg.precision]
+        auto = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = dict(auto=auto, fp32=False, bf16=True)[cfg.precision]
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=bf16)
         data = re.sub(r"[^\w.=-]+", "-", cfg.data.removeprefix("folder:")).strip("-.")
         self.folder = Path(cfg.out).expanduser() / f"{self.name}-{data}-seed{cfg.seed}"
@@ -390,13 +376,17 @@ class Run:
         self.method, self.data, self.reference = method.to(memory_format=torch.channels_last), data, reference
         self.untrained, self.optimizers = copy.deepcopy(method.encoder), optimizers
         self.per_epoch = len(data.images) // self.cfg.batch_size
+        if data.images.ndim > 4 and "frames" not in type(self.cfg).data:
+            fail(f"--data {self.cfg.data} are clips, which video_colorization.py alone learns from")
         if not self.per_epoch:
             fail(f"--batch_size {self.cfg.batch_size} is more than the {len(data.images)} training images")
         self.total = max(1, round(self.cfg.epochs * self.per_epoch)) if self.cfg.epochs else self.cfg.steps
         if self.cfg.resume:
             self.load()
         elif self.checkpoint.exists() and not rank():
-            os.replace(self.checkpoint, self.folder / "previous.pt")     # who forgot --resume loses nothing
+            names = (self.folder / f"previous{i or ''}.pt" for i in range(10 ** 6))      # none is lost
+            os.replace(self.checkpoint, spare := next(f for f in names if not f.exists()))
+            self.print(f"the checkpoint of an earlier run is now {spare}")
         lines = self.log_file.read_text().splitlines() if self.first and self.log_file.exists() else []
         self.lines = [x for x in lines if x.endswith("}") and json.loads(x)["step"] < self.first]
         self.print("read the loss against " + ", ".join(f"{k} = {v:.3f}" for k, v in reference.items()))
@@ -424,14 +414,18 @@ class Run:
             if world() > 1:                                      # all processes stop after the same step
                 flag = torch.tensor(stop[-1], device=self.device)
                 dist.all_reduce(flag, dist.ReduceOp.MAX)
-                stop.append(int(flag))
-            if stop[-1] or (step + 1) % every == 0 or step + 1 == self.total:
+                halt = int(flag)
+                stop.append(max(stop[-1], halt))                 # a signal that has just come: after the next
+            else:
+                halt = stop[-1]
+            if halt or (step + 1) % every == 0 or step + 1 == self.total:
                 self.save()
-            if stop[-1]:
+            if halt:
                 self.bar.close()
                 self.print(f"stopped after step {step + 1}: add --resume to the command to go on from there")
-                raise SystemExit(128 + stop[-1])
+                raise SystemExit(128 + halt)
         self.bar.close()
+        torch.manual_seed(seed_of(seed, "end"))                  # for what is drawn in the evaluation
         for s, handler in before.items():
             signal.signal(s, handler)
         if world() > 1:                                          # what follows is for the first process alone
@@ -491,6 +485,8 @@ class Run:
 
     def save(self):
         """All that a resumed run needs. The random state is not among it, see steps()."""
+        if not all(p.isfinite().all() for p in self.method.parameters()):
+            fail(f"the weights are not finite after step {self.step}: lower --lr or try --precision fp32")
         if not rank():
             state = dict(method=self.name, step=self.step + 1, config=asdict(self.cfg), source=self.source,
                          seconds=self.seconds, last=self.last, model=self.method.state_dict(),
@@ -546,9 +542,8 @@ class Run:
             for name, row in rows.items():
                 self.print(f"{name:27}{row['knn']:12.1f} {row['linear']:13.1f}")
             extra |= dict(layers=self.probe_layers()) if layers else {}
-        for name, value in extra.items():
-            if isinstance(value, float):
-                self.print(f"{name:27}{value:12.3f}")
+        for name, value in ((k, v) for k, v in extra.items() if isinstance(v, float)):
+            self.print(f"{name:27}{value:12.3f}")
         pixels, untrained, trained = rows.values() if rows else ({}, {}, {})
         monitors = {k: round(v, 4) for k, v in self.last.items() if k not in ("step", "seconds", "knn")}
         result = dict(method=self.name, data=self.cfg.data, seed=self.cfg.seed, **trained, pixels=pixels,
@@ -597,4 +592,5 @@ def save_neighbours(path: Path, encoder: nn.Module, data: Data, rows: int = 6) -
     bank, query = features(encoder, data.images), features(encoder, data.test_images[:rows])
     nearest = (F.normalize(query, dim=1) @ F.normalize(bank, dim=1).T).topk(7).indices  # [rows,7]
     save_grid(path, {f"test image {i}": torch.cat([data.test_images[i:i + 1], data.images[nearest[i]]])
-                     for i in range(rows)}, "test images, and the training images nearest in feature space")
+                     for i in range(len(query))},
+              "test images, and the training images nearest in feature space")

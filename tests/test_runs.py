@@ -197,6 +197,44 @@ def test_who_forgets_resume_loses_nothing(folder, tmp_path):
     go(tmp_path, "--steps", "1")
     assert (folder / "previous.pt").read_bytes() == before["checkpoint.pt"]
     assert read(folder / "checkpoint.pt")["step"] == 1 and [line["step"] for line in log(folder)] == [0]
+    go(tmp_path, "--steps", "1")                            # and again: the first is not written over
+    assert (folder / "previous.pt").read_bytes() == before["checkpoint.pt"]
+    assert read(folder / "previous1.pt")["step"] == 1
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_checkpoint(folder, tmp_path, monkeypatch):
+    """A gradient can be infinite where the loss is not."""
+    before = contents(folder)
+
+    def spoil(self, loss, **parts):
+        next(self.method.parameters()).data.fill_(math.nan if self.step == 3 else 0.)
+    monkeypatch.setattr(common.Run, "log", spoil)
+    assert "the weights are not finite after step 3: lower --lr" in stops(tmp_path, "--resume")
+    assert contents(folder)["checkpoint.pt"] == before["checkpoint.pt"]
+
+
+def test_the_evaluation_draws_the_same_in_a_run_that_is_resumed_at_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Run, "finish", lambda self, **extra: torch.rand(3).tolist())
+    monkeypatch.setattr(common, "save_neighbours", lambda *args: None)
+    assert go(tmp_path) == go(tmp_path, "--resume")
+
+
+def test_a_signal_that_comes_while_processes_exchange_theirs_is_not_lost(tmp_path, monkeypatch):
+    """Two processes, of which the other is a stub: the signal is sent in step 1, and acted on in step 2."""
+    flags = []
+
+    def all_reduce(flag, op):
+        flags.append(int(flag))
+        if len(flags) == 2:
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common, "distribute", lambda method: method)
+    monkeypatch.setattr(common.dist, "barrier", lambda: None)
+    monkeypatch.setattr(common.dist, "all_reduce", all_reduce)
+    with pytest.raises(SystemExit) as e:
+        go(tmp_path, "--steps", "6", method="rotnet")
+    assert flags == [0, 0, 15] and e.value.code == 128 + 15
+
 
 
 def test_resume_of_a_finished_run_changes_no_result(finished, tmp_path):
