@@ -129,7 +129,7 @@ class Autoregressive(nn.Module):
         self.blocks = nn.ModuleList(Block(c, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(c)
         for layer in (m for m in self.modules() if isinstance(m, nn.Linear)):
-            nn.init.xavier_uniform_(layer.weight)                # as in SPOT
+            nn.init.xavier_uniform_(layer.weight)
         if parallel:
             self.token = nn.Parameter(torch.randn(1, n, c) * .02)        # mask token and positions in one
 

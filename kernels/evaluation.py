@@ -93,8 +93,10 @@ def spread(h: Tensor) -> tuple[float, float]:
 def patches_by_word(d: Tensor, images: Tensor, n: int = 10) -> dict[str, Tensor]:
     """Distances d [N,h*w,K] of places to words, images uint8 [N,3,H,W] -> {word and its use: [n,3,P,P]}, the
     patches nearest to n words, from the most used to the least, each of another image."""
-    rows, cell = {}, images.shape[2] // math.isqrt(d.shape[1])
-    patches = F.unfold(images.float(), 3 * cell, padding=cell, stride=cell).byte()       # [N,3*P*P,h*w]
+    rows, side = {}, math.isqrt(d.shape[1])
+    cell = images.shape[2] // side                               # of images that it divides
+    x = F.interpolate(images.float(), side * cell)
+    patches = F.unfold(x, 3 * cell, padding=cell, stride=cell).byte()    # [N,3*P*P,h*w]
     share = d.argmin(2).flatten().bincount(minlength=d.shape[2]) / d[:, :, 0].numel()    # [K]
     for k in share.argsort(descending=True)[::math.ceil(len(share) / n)].tolist():
         nearest, place = d[:, :, k].min(1)                       # [N] each

@@ -15,8 +15,9 @@ whose correlations are noise.
 
 Run      python methods/barlow_twins.py
          linear 40.2 ± 0.8 % (untrained 27.2; each seed at least +11), k-NN 30.1 ± 1.0 (21.9); 84 s on 2 cores
-Differs  one rate for weights, biases and norms; blocks do not start as the identity; the quick run has AdamW,
-         two layers less wide, lam .01, larger crops, and neither blur nor solarise.
+Differs  one rate for weights, biases and norms; LARS has the rate inside the momentum, as SimCLR's code;
+         blocks do not start as the identity; the quick run has AdamW, two layers less wide, lam .01, larger
+         crops, and neither blur nor solarise.
 """
 import sys
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def correlation(method, v1, v2, n=64):                           # [B,3,H,W] eac
     """Black where two features, one of each view, have nothing in common, white where they are the same."""
     z1, z2 = (method.eval().projector(method.encoder(v)).T[:n] for v in (v1, v2))        # [n,B] each
     method.train()
-    return torch.corrcoef(torch.cat([z1, z2]))[:n, n:].abs().expand(1, 3, -1, -1)
+    return torch.corrcoef(torch.cat([z1, z2]))[:len(z1), len(z1):].abs().expand(1, 3, -1, -1)
 
 
 def main(cfg):

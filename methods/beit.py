@@ -44,7 +44,7 @@ class Config(common.Config):
     batch_size: int = 32           # images a step, all processes together
     lr: float = 4e-3               # peak learning rate: linear warm-up, then half a cosine to 0
     weight_decay: float = .05      # on weights and tokens, not on biases and norms
-    clip: float = 3.               # largest norm of the gradient
+    clip: float = 3.               # largest norm of the gradient; 0 is any
     first: float = 1.3             # steps of the first stage, the tokenizer, as a share of the second's
     lr_first: float = 1e-2         # peak learning rate of the first stage
     k: int = 256                   # number K of visual words
@@ -166,6 +166,8 @@ class BEiT(nn.Module):
 
 
 def build(cfg):
+    if cfg.weights:
+        common.fail("--weights does not fit: this encoder gets relative positions and starts anew")
     encoder = make_encoder(cfg, pool="mean")
     return BEiT(encoder, DVAE(cfg.k, encoder.patch, cfg.words_dim))
 
@@ -180,7 +182,7 @@ def first_stage(cfg, run, images):                               # -> a tokenize
         loss = dvae(v, cosine(step, steps, 1., cfg.tau), cfg.beta * min(1, 5 * step / steps))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(dvae.parameters(), cfg.clip)
+        nn.utils.clip_grad_norm_(dvae.parameters(), cfg.clip or float("inf"))
         optimizer.step()
     if not loss.isfinite():
         common.fail(f"the tokenizer's loss is {loss}: lower --lr_first")
@@ -224,7 +226,7 @@ def main(cfg):
             loss = model(v, mask)
         optimizer.zero_grad()
         run.finite(loss).backward()
-        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip)
+        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip or float("inf"))
         optimizer.step()
         run.log(loss, h=method.h, accuracy=method.accuracy)
 

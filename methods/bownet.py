@@ -67,7 +67,7 @@ class BoWNet(nn.Module):
         self.register_buffer("words", torch.zeros(k, channels))  # [K,C]
 
     def distances(self, x):                                      # [B,3,H,W] -> from places to words [B,h*w,K]
-        return torch.cdist(self.teacher.layers(x)[-2].flatten(2).mT, self.words)
+        return torch.cdist(self.teacher.eval().layers(x)[-2].flatten(2).mT, self.words)
 
     def forward(self, x, v):                                     # [B,3,H,W] each, clean and view -> loss
         self.h = self.encoder(v)                                 # [B,D]

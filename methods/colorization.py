@@ -20,8 +20,8 @@ Run      python methods/colorization.py
          --loss l2: linear 38.9 ± 2.7, k-NN 33.4 ± 1.3; chroma 10: washed out, but no worse features
 Differs  a ResNet that sees L three times over, not a dilated VGG; the head has one 3x3 convolution, not two;
          the prior is that of places in 4,000 images; the loss is a mean, not a sum; views are resized crops,
-         the rate follows a cosine, weights do not start from k-means. As in the official code, grey pictures
-         do not count; 5 bins and T .38 are the text's, that code has 10 and .384.
+         AdamW, the rate follows a cosine, weights do not start from k-means. As in the official code, grey
+         pictures do not count; 5 bins and T .38 are the text's, that code has 10 and .384.
 """
 import math
 import sys

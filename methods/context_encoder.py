@@ -21,7 +21,8 @@ Run      python methods/context_encoder.py
 Differs  a ResNet for AlexNet up to pool5; the channel-wise layer starts as the identity; the decoder halves
          the channels; random regions are the official code's noise, not the text's shapes of PASCAL objects,
          an own one an image; holes have the data's mean colour, not ImageNet's; both steps of a batch share
-         one pass, as in the official code; views are resized crops; AdamW, the rate follows a cosine.
+         one pass, as in the official code; views are resized crops, with --paper as well (the code: 128 of
+         350 pixels); AdamW, the rate follows a cosine.
 """
 import math
 import sys
@@ -86,6 +87,8 @@ def up_convolutions(c, n, size):                                 # [B,C,n,n] -> 
     while (n := 2 * n) < size:
         layers += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(c // 2), nn.ReLU()]
         c //= 2
+    if n != size:
+        common.fail(f"--image_size or --encoder does not fit: its map, doubled, has side {n}, not {size}")
     return nn.Sequential(*layers, nn.ConvTranspose2d(c, 3, 4, 2, 1), nn.Tanh())
 
 
@@ -144,6 +147,8 @@ class ContextEncoder(nn.Module):
 def build(cfg):
     if cfg.region not in ("centre", "random"):
         common.fail(f"--region {cfg.region} is unknown: give centre or random")
+    if 4 * cfg.overlap >= cfg.image_size:
+        common.fail(f"--overlap {cfg.overlap} leaves nothing to hide: give less than {cfg.image_size / 4}")
     return ContextEncoder(make_encoder(cfg), cfg.image_size, cfg.region, cfg.adversarial)
 
 

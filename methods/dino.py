@@ -56,7 +56,7 @@ class Config(common.Config):
     tau_t_end: float = .03         # the same after a tenth of the run, risen linearly
     m: float = .99                 # momentum of the teacher at the start; rises to 1 by a cosine
     freeze: float = .3             # part of the run in which the prototypes stay as they are
-    clip: float = 3.               # largest norm of a tensor's gradient
+    clip: float = 3.               # largest norm of a tensor's gradient; 0 is any
     size: int = 24                 # side of a global crop in pixels
     size_local: int = 16           # side of a local crop
     local: int = 2                 # number of local crops
@@ -182,7 +182,7 @@ def main(cfg):
         optimizer.zero_grad()
         run.finite(loss).backward()
         for p in method.student.parameters():
-            nn.utils.clip_grad_norm_(p, cfg.clip)
+            nn.utils.clip_grad_norm_(p, cfg.clip or math.inf)
         if step < int(cfg.freeze * run.total):
             method.student[1].prototypes.weight.grad = None      # no step, no weight decay
         optimizer.step()

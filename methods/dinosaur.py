@@ -14,9 +14,9 @@ Run      python methods/dinosaur.py
          mBO .38 ± .01 (untrained .11, blocks .22, k-means of h .36), ARI .56 ± .01 (-.02, .04, .55), FG-ARI
          .33 ± .01 (.06, .39, .28); 60 s on 2 cores, after dino.py's own run
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
-         each patch's features are told less their mean, in units of their deviation, unless --no-norm; mlp
-         also has positions from each slot's centre of attention (Biza et al., ICML 2023, 2302.04973), unless
-         --no-relative; AdamW and a cosine for Adam and a halving rate; no biases in the decoder's attention.
+         each patch's features are told less their mean, over their deviation, unless --no-norm; mlp has
+         positions from each slot's centre, too (Biza et al., ICML 2023), unless --no-relative; AdamW and a
+         cosine for Adam, a halving rate; no flips; autoregressive has no biases in attention, a last norm.
 """
 import subprocess
 import sys
@@ -44,7 +44,7 @@ class Config(common.Config):
     times: int = 2                 # the encoder sees the images enlarged so
     steps: int = 2400              # optimisation steps
     batch_size: int = 8            # images a step, all processes together
-    clip: float = 1.               # largest norm of the gradient
+    clip: float = 1.               # largest norm of the gradient; 0 is any
     k: int = 4                     # number K of slots
     dim: int = 64                  # width D of a slot
     rounds: int = 3                # rounds T of the competition
@@ -58,7 +58,7 @@ class Config(common.Config):
 
 # Official code, COCO: rate 4e-4, warm-up 10,000 of 500,000 steps; DINO's ViT-B/16 through --weights.
 PAPER = dict(image_size=224, encoder="vit_base/16", times=1, steps=500_000, batch_size=64, lr=4e-4, k=7,
-             warmup=.02, dim=256, norm=False, hidden=2048, relative=False, depth=4, heads=8)
+             warmup=.02, weight_decay=0., dim=256, norm=False, hidden=2048, relative=False, depth=4, heads=8)
 
 
 class Dinosaur(nn.Module):
@@ -89,7 +89,7 @@ class Dinosaur(nn.Module):
 
 
 def build(cfg):
-    encoder = make_encoder(cfg)
+    encoder = make_encoder(cfg, pool="cls")                      # an option of ViTs alone
     n, c = (cfg.image_size * cfg.times // encoder.patch) ** 2, encoder.dim
     decoders = dict(mlp=lambda: MLP(cfg.dim, c, n, cfg.hidden, cfg.relative),
                     autoregressive=lambda: Autoregressive(cfg.dim, c, n, cfg.depth, cfg.heads))
@@ -130,7 +130,7 @@ def main(cfg):
             loss = model(normalise(x))
         optimizer.zero_grad()
         run.finite(loss).backward()
-        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip)
+        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip or float("inf"))
         optimizer.step()
         run.log(loss, slots=method.s, **monitors(method.masks))
 

@@ -155,7 +155,8 @@ def build(cfg):
         common.fail(f"--loss {cfg.loss} is unknown: give classes or triplet")
     if cfg.patch > cfg.image_size:
         common.fail(f"--patch {cfg.patch} is larger than the image: give at most {cfg.image_size}")
-    return ExemplarCNN(make_encoder(cfg), cfg.loss, cfg.classes, cfg.dim, cfg.margin, cfg.dropout)
+    encoder = make_encoder(replace(cfg, image_size=cfg.patch))   # the stem for patches, not for images
+    return ExemplarCNN(encoder, cfg.loss, cfg.classes, cfg.dim, cfg.margin, cfg.dropout)
 
 
 def head_parameters(cfg, loss, n):                               # what n seeds ask for behind the encoder
@@ -215,7 +216,8 @@ def main(cfg):
     seen = x, seeds(x, cfg.patch), cfg.patch
     drawn = [draw(len(x), s, s * cfg.color, x.device) for s in (0, *[1] * 12)]
     rows = torch.stack([distort(*seen, t, *colours) for t in drawn], 1)                  # [64,13,3,P,P]
-    common.save_grid(run.folder / "distortions.png", {f"seed {i}, distorted": rows[i] for i in range(6)})
+    shown = {f"seed {i}, distorted": row for i, row in enumerate(rows[:6])}
+    common.save_grid(run.folder / "distortions.png", shown)
     encoders = {"untrained": run.untrained, "trained": method.encoder}
     invariance(run.folder / "invariance.png", encoders, seen, colours)
     sizes = {f"{loss}, {n:,} seeds": head_parameters(cfg, loss, n)

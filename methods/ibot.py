@@ -58,10 +58,11 @@ class Config(common.Config):
     k: int = 256                   # number K of prototypes, the same for [CLS] and patches
     tau_s: float = .1              # temperature of the student
     tau_t: float = .03             # temperature of the teacher at the start
-    tau_t_end: float = .03         # the same after a tenth of the run, risen linearly
+    tau_t_end: float = .03         # the same after the next share of the run, risen linearly
+    rise: float = .1               # that share
     m: float = .99                 # momentum of the teacher at the start; rises to 1 by a cosine
     freeze: float = .3             # part of the run in which the prototypes stay as they are
-    clip: float = 3.               # largest norm of a tensor's gradient
+    clip: float = 3.               # largest norm of a tensor's gradient; 0 is any
     size: int = 32                 # side of a global crop in pixels
     size_local: int = 16           # side of a local crop
     local: int = 0                 # number of local crops
@@ -75,8 +76,9 @@ class Config(common.Config):
 
 # The official command for ViT-S: rate 5e-4 x B/256, warm-up 10 epochs, prototypes frozen for 1.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="vit_small/16", epochs=800, batch_size=1024,
-             lr=2e-3, warmup=.0125, hidden=2048, dim=256, k=8192, tau_t=.04, tau_t_end=.07, m=.996,
-             freeze=.00125, size=224, size_local=96, local=10, crop=.25, crop_local=.05, blur=.1, solarise=.2)
+             lr=2e-3, warmup=.0125, hidden=2048, dim=256, k=8192, tau_t=.04, tau_t_end=.07, rise=.0375,
+             m=.996, freeze=.00125, size=224, size_local=96, local=10, crop=.25, crop_local=.05, blur=.1,
+             solarise=.2)
 
 
 class Head(nn.Module):
@@ -179,7 +181,11 @@ class IBOT(nn.Module):
 def build(cfg):
     if cfg.mask not in MASKS:
         common.fail(f"--mask {cfg.mask} is unknown: give one of {' '.join(MASKS)}")
-    return IBOT(make_encoder(cfg), cfg.hidden, cfg.dim, cfg.k, cfg.tau_s, cfg.mask, common.gather)
+    encoder = make_encoder(cfg, pool="cls")                      # an option of ViTs alone
+    n = (cfg.size // encoder.patch) ** 2                         # a hint shows .05 n of the hidden patches
+    if cfg.mask == "attmask_hint" and n < 40:
+        common.fail(f"--mask attmask_hint: of {n} patches none would be shown again: give smaller ones")
+    return IBOT(encoder, cfg.hidden, cfg.dim, cfg.k, cfg.tau_s, cfg.mask, common.gather)
 
 
 @torch.no_grad()
@@ -213,7 +219,7 @@ def main(cfg):
         x = data.images[index]                                   # [B,3,H,W] uint8
         set_lr(optimizer, cosine(step, run.total, cfg.lr, warmup=cfg.warmup))
         optimizer.param_groups[0]["weight_decay"] = cosine(step, run.total, cfg.weight_decay, cfg.decay_end)
-        tau_t = cfg.tau_t + (cfg.tau_t_end - cfg.tau_t) * min(1, 10 * step / run.total)
+        tau_t = cfg.tau_t + (cfg.tau_t_end - cfg.tau_t) * min(1, step / max(1, cfg.rise * run.total))
         v1, v2 = views(x, cfg.size, **one), views(x, cfg.size, **two)
         small = [views(x, cfg.size_local, **local) for _ in range(cfg.local)]
         with run.autocast():
@@ -221,7 +227,7 @@ def main(cfg):
         optimizer.zero_grad()
         run.finite(loss).backward()
         for p in (*method.student.parameters(), method.mask_token):
-            nn.utils.clip_grad_norm_(p, cfg.clip)
+            nn.utils.clip_grad_norm_(p, cfg.clip or math.inf)
         if step < int(cfg.freeze * run.total):
             method.student[1].prototypes.weight.grad = None      # no step, no weight decay
         optimizer.step()

@@ -145,6 +145,12 @@ def build(cfg):
         common.fail(f"--encoder {cfg.encoder} does not fit: a GPT-2 alone, see --width and --depth")
     if cfg.objective not in ("ar", "bert"):
         common.fail(f"--objective {cfg.objective} is unknown: give ar or bert")
+    if not 0 < cfg.layer <= cfg.depth:
+        common.fail(f"--layer {cfg.layer}: give 1 to {cfg.depth}, or more blocks by --depth")
+    if cfg.width % cfg.heads:
+        common.fail(f"--width {cfg.width} is no multiple of --heads {cfg.heads}")
+    if cfg.weights:
+        common.fail("--weights does not fit: no file is known for this encoder")
     ar = cfg.objective == "ar"
     encoder = GPT(cfg.k, cfg.image_size, cfg.width, cfg.depth, cfg.heads, cfg.layer, causal=ar)
     return IGPT(encoder, cfg.k, hide=1. if ar else cfg.hide)     # ar: each token is told, not seen

@@ -82,7 +82,8 @@ class InstDisc(nn.Module):
         n = len(self.memory)
         noise = torch.randint(n, (len(v), self.negatives), device=v.device)              # [B,K]
         rows = torch.cat([index[:, None], noise], 1)             # [B,1+K]  may hold i twice
-        s = (torch.einsum("bp,bkp->bk", self.z, self.memory[rows]) / self.tau).exp()     # [B,1+K]
+        with torch.autocast(v.device.type, enabled=False):       # in fp32, as exp multiplies errors
+            s = (torch.einsum("bp,bkp->bk", self.z, self.memory[rows]) / self.tau).exp()         # [B,1+K]
         if self.z_n == 0:                                        # from the first batch, then for good
             self.z_n.copy_(n * self.gather(s.detach()).mean())
         return nce(s, self.z_n, n) + self.proximal * stay

@@ -17,7 +17,8 @@ Run      python methods/jigsaw.py
          k-NN 54.4 ± 2.0 % (untrained 28.5; each seed at least +21), linear 48.4 ± 1.6 (24.2); of 800 test
          puzzles 75.3 ± 0.6 % are solved (chance 1.6); 41 s on 2 cores
 Differs  the encoder is a ResNet, and fc6 and fc7 have BatchNorm; orders are chosen by their least distance,
-         not their mean one; grey images, but no random projections of colours; the rate follows a cosine;
+         not their mean one; grey images, but no random projections of colours; views are resized crops;
+         momentum is Nesterov's, biases and norms do not decay; the rate follows a cosine;
          probes see nine tiles, not a whole image, which the encoder has never seen.
 """
 import math

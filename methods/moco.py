@@ -59,6 +59,7 @@ class Config(common.Config):
 
 # Official code, version 2. Version 3 with a ViT-S: --version 3 --encoder vit_small --epochs 300 --warmup .133
 # --batch_size 4096 --optimizer adamw --lr 2.4e-3 --weight_decay .1 --hidden 4096 --dim 256 --m .99 --crop .08
+# Version 1: --version 1 --tau .07 --blur 0.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="resnet50", epochs=200, batch_size=256,
              optimizer="sgd", lr=.03, warmup=0., hidden=2048, queue=65536, m=.999, splits=8, blur=.5)
 

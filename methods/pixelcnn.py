@@ -126,6 +126,12 @@ class PixelCNN(nn.Module):
 def build(cfg):
     if cfg.encoder != Config.encoder:
         common.fail(f"--encoder {cfg.encoder} does not fit: gated layers alone, see --width and --depth")
+    if cfg.width % 3:
+        common.fail(f"--width {cfg.width} would show a pixel its own colours: give a multiple of 3")
+    if not 0 < cfg.layer <= cfg.depth:
+        common.fail(f"--layer {cfg.layer}: give 1 to {cfg.depth}, or more layers by --depth")
+    if cfg.weights:
+        common.fail("--weights does not fit: no file is known for this encoder")
     return PixelCNN(GatedStack(cfg.width, cfg.depth, cfg.layer))
 
 

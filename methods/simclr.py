@@ -14,10 +14,11 @@ ignores whatever the views change; without colour jitter it matches two crops by
 
 Run      python methods/simclr.py
          linear 50.7 ± 1.8 % (untrained 27.2; each seed at least +21), k-NN 41.0 ± 1.0 (21.9); 71 s on 2 cores
-Differs  pixels are normalised by mean and deviation; crops are resized bilinearly, not bicubically; the quick
-         run has AdamW, half the colour strength, tau .2 and no blur.
+Differs  pixels are normalised by mean and deviation; crops are resized bilinearly, not bicubically; the last
+         BatchNorm has a shift; the quick run has AdamW, half the colour strength, tau .2 and no blur.
 """
 import math
+import os
 import sys
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
@@ -87,11 +88,16 @@ def only(names, options):
 def matrix(cfg):
     """Figure 5: the linear probe where view 1 has transformations i and j, view 2 none. Last: averages."""
     from matplotlib.figure import Figure
+    if "RANK" in os.environ:
+        common.fail("--matrix is many runs, one after the other: start it without torchrun")
     names, n = list(ONE), len(ONE)
     a = torch.zeros(n, n + 1)
     for i, j in combinations_with_replacement(range(n), 2):
         pair = replace(cfg, matrix=False, only=f"{names[i]},{names[j]}", out=f"{cfg.out}/matrix/{i}{j}")
-        a[i, j] = a[j, i] = main(pair)["linear"]
+        found = main(pair)
+        if "linear" not in found:
+            common.fail(f"--matrix needs labels, for its probes, which --data {cfg.data} has not")
+        a[i, j] = a[j, i] = found["linear"]
     a[:, n] = a[:, :n].mean(1)
     figure = Figure((5.6, 4.4), layout="tight")
     axis = figure.subplots()

@@ -35,7 +35,7 @@ class Config(common.Config):
     steps: int = 600               # optimisation steps
     batch_size: int = 32           # images a step, all processes together
     weight_decay: float = .05      # on weights and tokens, not on biases and norms
-    clip: float = 5.               # largest norm of the gradient
+    clip: float = 5.               # largest norm of the gradient; 0 is any
     mask_ratio: float = .6         # share of the squares that is hidden
     square: int = 8                # side of a square in pixels
     crop: float = .67              # smallest share of the image's area in a view
@@ -115,7 +115,7 @@ def main(cfg):
             loss = model(v)
         optimizer.zero_grad()
         run.finite(loss).backward()
-        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip)
+        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip or float("inf"))
         optimizer.step()
         run.log(loss, h=method.h)
 

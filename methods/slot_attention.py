@@ -92,6 +92,8 @@ class SlotAttention(nn.Module):
 def build(cfg):
     if cfg.encoder != Config.encoder:
         common.fail(f"--encoder {cfg.encoder} does not fit: convolutions alone, see --width and --depth")
+    if cfg.weights:
+        common.fail("--weights does not fit: no file is known for this encoder")
     decoder = Broadcast(cfg.dim, cfg.width, cfg.grid, cfg.up, cfg.image_size)
     encoder = Convolutions(cfg.width, cfg.kernel, cfg.stride, cfg.depth)
     return SlotAttention(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.relative)

@@ -21,8 +21,8 @@ Run      python methods/split_brain.py
 Differs  halves are whole ResNets, not an AlexNet cut along its channels; every variant has two, so that all
          have one size: a single direction is learned twice, from two starts; heads are a 3x3 and a 1x1
          convolution; what is told is a cell's mean, as the one nearest bin, and all bins weigh alike; the
-         autoencoder sees and regresses all of Lab; views are resized crops, the rate follows a cosine. One
-         network for both directions, which the paper tries too, is left out.
+         autoencoder sees and regresses all of Lab; views are resized crops; AdamW, the rate follows a
+         cosine. One network for both directions, which the paper tries too, is left out.
 """
 import math
 import sys

@@ -20,8 +20,9 @@ Run      python methods/spot.py
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
          the quick run's decoder is the MLP, positions as in dinosaur.py, for the paper's takes twice the
          steps; nor is the encoder tuned; each patch's features are told less their mean, in units of their
-         deviation, unless --no-norm; the autoregressive decoder has no LayerNorm on the residual stream
-         before the first block; AdamW for Adam.
+         deviation, unless --no-norm; images are not flipped; AdamW for Adam. The autoregressive decoder
+         has no LayerNorm on the residual stream before the first block, and Xavier's start everywhere; the
+         queries' is that of one matrix [1,KD].
 """
 import copy
 import subprocess
@@ -52,7 +53,7 @@ class Config(common.Config):
     steps: int = 2200              # optimisation steps of teacher and student together
     batch_size: int = 8            # images a step, all processes together
     weight_decay: float = 0.       # on weights and tokens, not on biases and norms
-    clip: float = .3               # largest entry of the gradient: all of it is scaled down to that
+    clip: float = .3               # largest entry of the gradient, to which all is scaled down; 0 is any
     teacher: float = .5            # part of the run that trains the teacher; 0: there is none
     tune: int = 0                  # last blocks of the encoder that learn with the student
     attention: float = .005        # weight of the student's loss against the teacher's masks
@@ -70,7 +71,8 @@ class Config(common.Config):
 
 # Official code, COCO: rate 4e-4, 50 epochs for the teacher, 50 for the student; DINO's ViT-B/16 by --weights.
 PAPER = dict(image_size=224, encoder="vit_base/16", times=1, epochs=100, batch_size=64, lr=4e-4, k=7, dim=256,
-             tune=4, decoder="autoregressive", norm=False, hidden=2048, relative=False, depth=4, heads=6)
+             warmup=.1, tune=4, decoder="autoregressive", norm=False, hidden=2048, relative=False, depth=4,
+             heads=6)
 
 
 class AutoEncoder(nn.Module):
@@ -156,7 +158,9 @@ def gradient_norms(net, x, h, order):                            # [B,N,C] each 
 
 
 def build(cfg):
-    encoder = make_encoder(cfg)
+    encoder = make_encoder(cfg, pool="cls")                      # an option of ViTs alone
+    if cfg.tune > len(encoder.blocks):
+        common.fail(f"--tune {cfg.tune}: the encoder has {len(encoder.blocks)} blocks")
     n, c = (cfg.image_size * cfg.times // encoder.patch) ** 2, encoder.dim
     if cfg.decoder not in ("autoregressive", "parallel", "mlp"):
         common.fail(f"--decoder {cfg.decoder} is unknown: give autoregressive, parallel or mlp")
@@ -195,9 +199,9 @@ def picture(run, method, test, found, orders):
 
 
 def main(cfg):
+    run = Run(cfg, __file__)
     if common.world() > 1:
         common.fail("two networks learn in turn, which takes one process: run it without torchrun")
-    run = Run(cfg, __file__)
     data, cfg.weights = load_data(cfg, run.device), cfg.weights or (pretrained(cfg) if cfg.pretrain else "")
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, method)
@@ -218,10 +222,11 @@ def main(cfg):
             loss = model(normalise(x), *order)
         optimizer.zero_grad()
         run.finite(loss).backward()
-        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip, norm_type=float("inf"))
+        nn.utils.clip_grad_norm_(method.parameters(), cfg.clip or float("inf"), norm_type=float("inf"))
         optimizer.step()
         run.log(loss, rec=method.rec.item(), att=method.att.item(), slots=method.s, **monitors(method.masks))
 
+    method.graduate()                                            # a run resumed at its end has had no step
     orders = 9 if cfg.decoder == "autoregressive" and cfg.permutations else 1
     found = [method.eval().segment(normalise(x), orders) for x in test.split(100)]
     found = {name: enlarge(torch.cat([f[name] for f in found]), test.shape[3]) for name in found[0]}

@@ -14,8 +14,9 @@ than the number of prototypes (hence --queue); many-coloured grounds (--data toy
 
 Run      python methods/swav.py
          linear 64.6 ± 1.8 % (untrained 42.6; each seed at least +20), k-NN 60.2 ± 1.4 (39.3); 80 s on 2 cores
-Differs  biases and norms have neither weight decay nor trust ratio; the rate rises from 0 and falls to 0; the
-         queue counts from when it is full; the quick run has grey grounds, AdamW, tau .25 and no blur.
+Differs  biases and norms have neither weight decay nor trust ratio; LARS has the rate inside the momentum;
+         the rate rises from 0 and falls to 0; the queue counts from when it is full; the quick run has grey
+         grounds, AdamW, tau .25 and no blur.
 """
 import math
 import sys
@@ -111,7 +112,7 @@ def clusters(method, images, rows=8, n=10):
     """The prototypes that most images are nearest to, each with the n images nearest to it."""
     z = method.eval().projector(common.features(method.encoder, images))         # [N,P]
     s = method.prototypes(F.normalize(z, dim=1))                 # [N,K]
-    most = s.argmax(1).bincount(minlength=s.shape[1]).topk(rows).indices         # [rows]
+    most = s.argmax(1).bincount(minlength=s.shape[1]).topk(min(rows, s.shape[1])).indices         # [rows]
     return {f"prototype {k}": images[s[:, k].topk(n).indices] for k in most.tolist()}
 
 

@@ -13,7 +13,7 @@ Good at: telling what pre-training is worth, beside the same network from scratc
 
 Run      python methods/transfer.py --run runs/rotnet-toys-seed0 --labels .01 --lr 3e-3
          200 labels: 56.0 ± 1.6 % fine-tuned, 38.1 ± 1.8 frozen and probed; from scratch 29.0 ± 2.0
-Differs  no mixup, no RandAugment, no stochastic depth; a crop and a flip alone.
+Differs  no mixup, RandAugment, stochastic depth: crop and flip; AdamW alone; [CLS] and positions decay, too.
 """
 import importlib
 import json
@@ -91,10 +91,10 @@ def pretrained(folder, scratch=False):                           # of a finished
 
 
 def by_layer(method, decay, weight_decay):                       # -> parameter groups, each with its scale
-    """Layer i of L learns at decay^(L+1-i) of the rate: 0 is the embedding, L+1 the last norm, the head."""
+    """Layer i of L learns at decay^(L+1-i) of the rate: 0 embedding, L+1 last norm, head, BEiT's biases."""
     where = {}
     for name, p in method.named_parameters():
-        m = re.search(r"blocks\.(\d+)\.|layer(\d)\.|(^|encoder\.)(norm|classifier)\.", name)
+        m = re.search(r"blocks\.(\d+)\.(?!bias)|layer(\d)\.|(^|encoder\.|s\.0\.)(norm|classifier|bias)", name)
         where[p] = 0 if not m else math.inf if m[4] else int(m[1] or int(m[2]) - 1) + 1
     last = 1 + max(i for i in where.values() if i < math.inf)
     return [dict(params=[p], scale=decay ** (last - min(i, last)), weight_decay=weight_decay * (p.ndim > 1))

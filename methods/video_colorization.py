@@ -72,8 +72,9 @@ def vocabulary(clips, grid, k):                                  # uint8 [n,T,3,
 
 
 def attend(target, reference, labels, tau=1.):                   # [B,M,D], [B,N,D], [B,N,K] -> [B,M,K]
-    a = (target @ reference.mT / tau).softmax(2)                 # [B,M,N]  A_ij, sums to 1 over references i
-    return a @ labels                                            # y_j = sum_i A_ij c_i
+    with torch.autocast(target.device.type, enabled=False):      # in fp32
+        a = (target @ reference.mT / tau).softmax(2)             # [B,M,N]  A_ij, sums to 1 over references i
+        return a @ labels                                        # y_j = sum_i A_ij c_i
 
 
 def copied_colours(f, c, k):                                     # [B,T,N,D], [B,T,N] -> loss, y [B,N,k]

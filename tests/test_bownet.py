@@ -79,6 +79,12 @@ def test_word_weights_are_of_unit_length_and_gamma_is_the_scale():
     assert method(x, v).item() == pytest.approx(math.log(3), abs=1e-6)
 
 
+def test_the_teacher_stays_in_evaluation_mode():
+    method = made().train()
+    method(*torch.rand(2, 5, 3, 2, 2))
+    assert not method.teacher.training
+
+
 def test_targets_are_of_the_clean_image_and_kl_is_what_is_lost():
     method = made()
     x, v = torch.rand(2, 5, 3, 2, 2) * 9

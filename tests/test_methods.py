@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from running import METHODS, Lookup, load, train
 from torch import nn
 
+import common
 from kernels.views import normalise
 
 UNTAUGHT = dict(dinosaur=["--no-pretrain", "--image_size", "16"],
@@ -58,6 +59,62 @@ def test_takes_any_encoder(name):
 def test_an_encoder_that_cannot_be_chosen_is_refused(name):
     with pytest.raises(SystemExit, match="--encoder resnet18 does not fit"):
         load(name).build(load(name).Config(encoder="resnet18"))
+    with pytest.raises(SystemExit, match="--weights does not fit"):
+        load(name).build(load(name).Config(weights="any.pt"))
+
+
+@pytest.mark.parametrize("name, flags, why", [
+    ("pixelcnn", dict(width=40), "--width 40 would show"), ("pixelcnn", dict(layer=6), "--layer 6: give 1"),
+    ("igpt", dict(depth=3), "--layer 4: give 1 to 3"), ("igpt", dict(heads=3), "--width 64 is no multiple"),
+    ("beit", dict(weights="any.pt"), "--weights does not fit"),
+    ("ibot", dict(encoder="resnet_small"), "no ViT"), ("ibot", dict(mask="attmask_hint"), "of 16 patches"),
+    ("dinosaur", dict(encoder="resnet18"), "no ViT"), ("spot", dict(encoder="resnet18"), "no ViT"),
+    ("spot", dict(tune=5), "--tune 5: the encoder has 4 blocks"),
+    ("context_encoder", dict(image_size=36), "does not fit: its map, doubled"),
+    ("context_encoder", dict(overlap=8), "--overlap 8 leaves nothing to hide")])
+def test_flags_that_do_not_fit_are_refused_in_one_line(name, flags, why):
+    with pytest.raises(SystemExit, match=why) as e:
+        load(name).build(load(name).Config(**flags))
+    assert "\n" not in e.value.code
+
+
+@pytest.mark.parametrize("name, flags", [("simsiam", "--layers 0"), ("split_brain", "--cell 0"),
+                                         ("simmim", "--square 0"), ("beit", "--first 0"),
+                                         ("exemplar_cnn", "--dropout 2")])
+def test_numbers_that_no_method_can_use_are_refused(name, flags, capsys):
+    with pytest.raises(SystemExit) as e:
+        common.parse(load(name).Config, load(name).PAPER, flags.split())
+    assert e.value.code == 2 and f"error: {flags.split()[0]} is" in capsys.readouterr().err
+
+
+def test_clips_are_refused_by_all_methods_but_one(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="clips, which video_colorization.py alone"):
+        train("rotnet", tmp_path, monkeypatch, "--data", "toys:frames=2,n=64")
+
+
+@pytest.mark.parametrize("name", ["simmim", "dino", "spot"])
+def test_a_clip_of_0_clips_nothing(name, tmp_path, monkeypatch):
+    method, _, _ = train(name, tmp_path, monkeypatch, "--steps", "1", "--clip", "0",
+                         *UNTAUGHT.get(name, []))
+    assert sum(p.grad.abs().sum() for p in method.parameters() if p.grad is not None) > 0
+
+
+def test_mae_keeps_weights_that_it_is_given(tmp_path):
+    """It starts an untrained encoder its own way, and no other."""
+    module, file = load("mae"), tmp_path / "encoder.pt"
+    given = module.build(module.Config()).encoder.state_dict()
+    torch.save(given, file)
+    torch.manual_seed(1)
+    other, loaded = (module.build(module.Config(weights=w)).encoder.state_dict() for w in ("", str(file)))
+    assert all(loaded[k].equal(given[k]) for k in given)
+    assert not other["blocks.0.mlp.fc1.weight"].equal(given["blocks.0.mlp.fc1.weight"])
+
+
+def test_exemplars_stem_is_that_of_its_patches():
+    module = load("exemplar_cnn")
+    with torch.device("meta"):
+        encoder = module.build(module.Config(**module.PAPER)).encoder
+        assert encoder.layers(torch.zeros(1, 3, 32, 32))[-1].shape[2:] == (4, 4)
 
 
 # ---- supervised, rotnet
