@@ -88,7 +88,7 @@ def build(cfg):
 
 @torch.no_grad()
 def covariance(method, v, n=64):                                 # [B,3,H,W] -> |Cov| as an image [1,3,n,n]
-    """Black where two features do not vary together; white, on the diagonal, where one's variance is 1."""
+    """Black where two features do not vary together; on the diagonal, their variances."""
     z = method.eval().projector(method.encoder(v))               # [B,P]
     method.train()
     return z.T.cov()[:n, :n].abs().expand(1, 3, -1, -1)
@@ -116,8 +116,9 @@ def main(cfg):
         optimizer.step()
         run.log(loss, h=method.h, z=method.z, **method.terms)
 
-    rows = {"before": before, "after": covariance(method, v)}
-    common.save_grid(run.folder / "covariance.png", rows, "|covariance| of 64 features")
+    after = covariance(method, v)
+    rows = {"before": before / after.max(), "after": after / after.max()}
+    common.save_grid(run.folder / "covariance.png", rows, "|covariance| of 64 features; white: the largest")
     return run.finish()
 
 
