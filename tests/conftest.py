@@ -11,5 +11,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)                                        # tensors are small, and the cores may be busy
 os.environ["OMP_NUM_THREADS"] = "1"                             # so do the processes that tests start
-hypothesis.settings.register_profile("ssl", deadline=None, print_blob=True, derandomize="CI" in os.environ)
-hypothesis.settings.load_profile("ssl")
+for name, same in (("same", True), ("anew", False)):             # draws: --hypothesis-profile=anew has others
+    hypothesis.settings.register_profile(name, deadline=None, print_blob=True, derandomize=same)
+hypothesis.settings.load_profile("same")
