@@ -102,7 +102,7 @@ def table(file):
     """The table of a results file, by group: mean and standard deviation over the seeds."""
     results, toys, spent = [r for r in read(file) if "knn" in r], file.stem == "toys", 0
     papers = json.loads((ROOT / "results/papers.json").read_text())
-    few = tenth(ROOT / "results/tenth.jsonl") if toys else {}
+    few = tenth(ROOT / "results/variants-tenth.jsonl") if toys else {}
     columns = COLUMNS + ["10 % of labels (scratch)"] * bool(few) + ["in the paper, not here"] * toys
     lines = head(columns)
     if not results:
@@ -255,7 +255,7 @@ def readme(text):
     def fill(m):
         how = views.get(re.split("[-.]", m[3].strip() if m[3] else m[2][8:])[0], table)
         return f"{m[1]}{how(ROOT / m[2])}\n{m[4]}"
-    marks = r"(<!-- (results/[\w.=-]+)( layers| objects)? -->\n).*?(<!-- end -->)"
+    marks = r"(<!-- (results/[\w.=-]+)( layers| objects| tenth)? -->\n).*?(<!-- end -->)"
     return re.sub(marks, fill, text, flags=re.S)
 
 

@@ -329,7 +329,7 @@ def test_a_tenth_of_the_labels_for_every_method_of_the_first_table(lessons, monk
     module.tenth(["--seed", "2"])
     assert not [words for words in ran if "transfer" in words[0]]
     table = importlib.import_module("table")
-    lines = table.tenth_table(root / "results/tenth.jsonl").splitlines()
+    lines = table.tenth_table(root / "results/variants-tenth.jsonl").splitlines()
     assert lines[2 + names.index("mae")] == "| MAE | 10 | 9.0 | 9.0 | 5.0 |"
 
 
