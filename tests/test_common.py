@@ -662,6 +662,8 @@ def test_patches_by_word_are_the_places_nearest_to_it():
     patches = rows[1][1]                                         # 3 x 3 cells around the light one
     known = [images[i, :, :12, 4 * (i % 3):4 * (i % 3) + 12] for i in range(24)]
     assert patches.shape == (8, 3, 12, 12) and patches.dtype == torch.uint8
+    one = list(patches_by_word(d, images[:, :, :19, :19], n=8).values())[1]      # 25 places, 3.8 pixels each
+    assert one.shape == (8, 3, 9, 9) and (one[:, :, 4, 4] >= 200).all()
     found = [[i for i in range(24) if torch.equal(known[i], p)] for p in patches]
     assert all(len(f) == 1 for f in found) and len({f[0] for f in found}) == 8  # eight images
 

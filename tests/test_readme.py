@@ -1,6 +1,7 @@
 """README and run.sh: what they show can be pasted, and every number has a run behind it."""
 import importlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -124,6 +125,23 @@ def test_a_log_says_where_it_comes_from(file):
     first, *lines = table.read(file)
     assert first["command"] == f"python methods/{file.stem}.py --seed 0" and first["reference"] and lines
     assert re.fullmatch(r"[0-9a-f]{7,40}", first["commit"]) and first["machine"] and first["torch"]
+
+
+def test_a_rows_commit_is_that_of_its_start_and_no_older_result_is_taken(tmp_path, monkeypatch):
+    file, about = tmp_path / "result.json", dict(commit="before", machine="m")
+    file.write_text('{"linear": 1}')
+    os.utime(file, (0, 0))
+    monkeypatch.setattr(table, "origin", lambda: dict(about))
+    monkeypatch.setattr(table.subprocess, "run", lambda *args, **options: None)
+    with pytest.raises(FileNotFoundError, match="methods/x.py has left no result"):
+        table.train(["methods/x.py"], [file])
+
+    def run(*args, **options):
+        about["commit"] = "after"
+        file.write_text('{"linear": 2}')
+    monkeypatch.setattr(table.subprocess, "run", run)
+    assert table.train(["methods/x.py"], [file])[1] == dict(linear=2, command="python methods/x.py",
+                                                            commit="before", machine="m")
 
 
 def test_results_stay_small():
