@@ -5,11 +5,13 @@ one ulp of the largest magnitude that took part. Run in float64, where nothing c
 """
 import contextlib
 import math
+import time
 import warnings
 from unittest import mock
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from hypothesis import strategies as st
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,3 +149,16 @@ def check_no_double_backward(fn, *inputs):
     grads = torch.autograd.grad(total, [x for x in leaves if x.requires_grad], create_graph=True)
     with pytest.raises(NotImplementedError, match='impl="reference"'):
         sum(g.sum() for g in grads).backward()
+
+
+# ---- two processes
+
+def two_processes(worker, folder):
+    """worker(rank, folder) in each, which leaves folder/rank.pt -> what they left."""
+    context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
+    while not context.join(1):
+        if time.monotonic() > late:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True, map_location=DEVICE) for rank in (0, 1)]

@@ -5,14 +5,13 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from harness import two_processes
 from torch import nn
 
 import common
@@ -232,14 +231,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("gloo")
-    context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
-    while not context.join(1):
-        if time.monotonic() > late:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes wait for each other")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return two_processes(worker, tmp_path_factory.mktemp("gloo"))
 
 
 def close(a, b):
@@ -310,6 +302,21 @@ def test_batch_size_must_be_a_multiple(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "world", lambda: 3)
     with pytest.raises(SystemExit, match="--batch_size 128 must be a multiple of the 3 processes"):
         common.Run(common.Config(out=str(tmp_path), device="cpu"), __file__)
+
+
+def test_batchnorm_of_bf16_has_its_statistics_in_fp32(tmp_path):
+    """Alone in its group it is BatchNorm; before, autocast's bf16 was refused."""
+    one, x = nn.BatchNorm1d(5), (3 + torch.randn(64, 5)).bfloat16()
+    other = copy.deepcopy(one)
+    other.__class__ = common.SyncBatchNorm
+    dist.init_process_group("gloo", f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        y = other(x)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(y, one(x.float()).bfloat16(), rtol=.01, atol=.01)
+    torch.testing.assert_close(other.running_var, one.running_var)
+    assert y.dtype == torch.bfloat16
 
 
 def test_torchrun_from_end_to_end(tmp_path):

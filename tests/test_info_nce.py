@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,8 @@ import harness
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from harness import DEVICE, LAYOUTS, LOW, SCALES, compare, layout, randn, run
+from harness import DEVICE, LAYOUTS, LOW, SCALES, compare, layout, randn, run, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -457,13 +455,7 @@ def worker(rank, folder):
 @pytest.mark.skipif(DEVICE == "cuda", reason="gloo gathers on the CPU")
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """Each has a part of the loss of all, so DDP's mean over them is the gradient of the whole."""
-    context, late = mp.spawn(worker, (tmp_path,), nprocs=2, join=False), time.monotonic() + 120
-    while not context.join(1):
-        if time.monotonic() > late:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes wait for each other")
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    both = two_processes(worker, tmp_path)
     loss, dq, dk = run(partial(info_nce_reference, tau=.2), [unit(14, 5), unit(14, 5, 1), torch.arange(14)])
     torch.testing.assert_close(sum(f["loss"] for f in both) / 2, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(torch.cat([f["q"] for f in both]) / 2, dq, rtol=1e-11, atol=1e-14)

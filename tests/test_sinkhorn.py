@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 import warnings
 from contextlib import ExitStack
 from functools import partial
@@ -14,9 +13,8 @@ import harness
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from harness import DEVICE, LAYOUTS, LOW, SCALES, compare, layout, randn, run
+from harness import DEVICE, LAYOUTS, LOW, SCALES, compare, layout, randn, run, two_processes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -292,14 +290,7 @@ def worker(rank, folder):
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
     """What each of two processes found."""
-    folder = tmp_path_factory.mktemp("gloo")
-    context, late = mp.spawn(worker, (folder,), nprocs=2, join=False), time.monotonic() + 120
-    while not context.join(1):
-        if time.monotonic() > late:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes wait for each other")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True, map_location=DEVICE) for rank in (0, 1)]
+    return two_processes(worker, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize("name", ["uneven", "half", "none", "apart"])

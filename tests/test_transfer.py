@@ -157,6 +157,15 @@ def test_what_is_no_run_is_named(tmp_path):
             transfer.pretrained(tmp_path)
 
 
+def test_beits_shared_biases_learn_at_the_rate_of_the_head():
+    """They belong to all blocks, and are a parameter of the first."""
+    method = transfer.Transfer(load("beit").build(load("beit").Config()).encoder)
+    scales = {id(g["params"][0]): g["scale"] for g in transfer.by_layer(method, .5, 0.)}
+    names = {name: scales[id(p)] for name, p in method.named_parameters()}
+    assert names["encoder.blocks.0.bias.table"] == names["classifier.weight"] == 1
+    assert names["encoder.blocks.0.attn.qkv.bias"] == .5 ** 4 and names["encoder.blocks.3.norm1.weight"] == .5
+
+
 def test_from_scratch_there_must_be_a_run():
     with pytest.raises(SystemExit, match="is no folder of a finished run"):
         transfer.main(common.parse(transfer.Config, transfer.PAPER, ["--scratch"]))
