@@ -23,15 +23,19 @@ def quadratic(r: Tensor) -> Tensor:
     return torch.cat([r, r.square(), r.prod(-1, keepdim=True)], -1)
 
 
-def centres(a: Tensor) -> Tensor:
-    """The mean place of each slot's attention [B,K,N] on a square map -> [B,K,2], from -1 to 1."""
+def frames(a: Tensor) -> tuple[Tensor, Tensor]:
+    """Each slot's frame of reference (2302.04973): the mean place of its attention [B,K,N] on a square map,
+    from -1 to 1, and its spread along x and y, a standard deviation of .1 and more; [B,K,2] each."""
     w = a + 1e-6                                                 # a slot that nothing chose is in the middle
-    return w / w.sum(2, keepdim=True) @ axes(math.isqrt(a.shape[2])).to(a.device)
+    w, at = w / w.sum(2, keepdim=True), axes(math.isqrt(a.shape[2])).to(a.device)
+    centre = w @ at
+    return centre, (w @ at.square() - centre.square() + .01).sqrt()
 
 
 class Broadcast(nn.Module):
-    """Slots [B,K,D], centres [B,K,2] -> colours and a logit of the mask [B,K,4,size,size]. Positions count
-    from the centres. up: deconvolutions of 5 x 5 and stride 2; with none, 1 x 1 on the grid, enlarged."""
+    """Slots [B,K,D] and their frames [B,K,2] -> colours and a logit of the mask [B,K,4,size,size]. Positions
+    count from the centre in spreads; beyond four they are as four. up: deconvolutions of 5 x 5 and stride 2;
+    with none, 1 x 1 on the grid, enlarged."""
 
     def __init__(self, d, width, grid, up, size):
         super().__init__()
@@ -42,8 +46,8 @@ class Broadcast(nn.Module):
         self.layers = nn.Sequential(nn.ReLU(), *[layer for conv in convs for layer in (conv, nn.ReLU())],
                                     nn.Conv2d(width, 4, 3 if up else 1, 1, int(up > 0)))
 
-    def forward(self, s, centre):
-        r = self.places - centre[:, :, None]                     # [B,K,gg,2]
+    def forward(self, s, centre, spread):
+        r = ((self.places - centre[:, :, None]) / spread[:, :, None]).clamp(-4, 4)       # [B,K,gg,2]
         h = self.slot(s)[:, :, None] + self.position(quadratic(r))       # [B,K,gg,W]
         h = h.flatten(0, 1).mT.unflatten(2, (self.grid, self.grid))      # [BK,W,g,g]
         out = F.interpolate(self.layers(h), self.size, mode="bilinear")  # [BK,4,S,S]

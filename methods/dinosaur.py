@@ -30,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_encoder, make_optimizer, parse, set_lr
-from kernels.decoders import MLP, Autoregressive, centres
+from kernels.decoders import MLP, Autoregressive, frames
 from kernels.segmentation import blocks, clusters, compare
 from kernels.slots import Slots, coloured, complaints, enlarge, monitors
 from kernels.views import normalise
@@ -79,7 +79,7 @@ class Dinosaur(nn.Module):
     def parts(self, x):                                # -> target, told [B,N,C], masks, attention [B,K,N]
         h = self.features(x)
         s, a = self.slots(self.mlp(h))                           # [B,K,D], [T,B,K,N]
-        told, masks = self.decoder(s, h, centre=centres(a[-1]))
+        told, masks = self.decoder(s, h, centre=frames(a[-1])[0])
         self.s = s.flatten(0, 1)                                 # [BK,D]
         return h, told.float(), masks, a[-1]
 

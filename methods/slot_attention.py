@@ -13,11 +13,11 @@ colour tells no things apart; toys that touch, which it parts little better than
 Run      python methods/slot_attention.py
          ARI .55 ± .01 (untrained -.03; four equal blocks .02), mBO .41 ± .01 (.07; .16), FG-ARI .51 ± .02
          (.07; .46), each seed above both; 101 s on 2 cores
-Differs  positions in the decoder count from each slot's centre of attention, as in Invariant Slot Attention
-         (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the middle of the image (the
-         paper: from its sides). They enter by their squares and product, too. AdamW and a cosine for Adam and
-         a halving rate; gradients are clipped; a linear layer and a ReLU before the decoder; in the quick run
-         two convolutions, and a decoder of 1 x 1 ones on a 16 x 16 grid, enlarged.
+Differs  positions in the decoder count from the mean of each slot's attention, in its standard deviations, as
+         in Invariant Slot Attention (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the
+         middle of the image (paper: its sides). Their squares and product enter, too. AdamW and a
+         cosine for Adam and a halving rate; clipped gradients; a linear layer and a ReLU before the decoder;
+         in the quick run two convolutions, and a decoder of 1 x 1 ones on a 16 x 16 grid, enlarged.
 """
 import sys
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_optimizer, parse, set_lr
-from kernels.decoders import Broadcast, axes, centres, quadratic
+from kernels.decoders import Broadcast, axes, frames, quadratic
 from kernels.encoders import Convolutions
 from kernels.segmentation import blocks, compare
 from kernels.slots import Slots, coloured, complaints, enlarge, glorot, monitors
@@ -55,7 +55,7 @@ class Config(common.Config):
     stride: int = 2                # of the first of them
     grid: int = 16                 # side of the decoder's grid
     up: int = 0                    # its deconvolutions of 5 x 5, stride 2; without, 1 x 1 and enlarged
-    relative: bool = True          # the decoder's positions count from the slot's centre
+    relative: bool = True          # the decoder's positions are in the slot's frame
 
 
 # Official code, CLEVR6: rate 4e-4, warm-up 10,000 of 500,000 steps.
@@ -78,8 +78,8 @@ class SlotAttention(nn.Module):
         h = self.encoder.layers(x)[-1]                           # [B,C,h,h]
         at = axes(h.shape[2]).to(h.device)                       # [N,2]
         s, a = self.slots(self.mlp(h.flatten(2).mT + self.place(quadratic(at))))
-        centre = centres(a[-1]) if self.relative else torch.zeros_like(s[..., :2])       # [B,K,2]
-        out = self.decoder(s, centre).float()
+        frame = frames(a[-1]) if self.relative else (s.new_zeros(1, 1, 2), s.new_ones(1, 1, 2))
+        out = self.decoder(s, *frame).float()                    # [B,K,4,S,S]
         self.s = s.flatten(0, 1)                                 # [BK,D]
         return out[:, :, :3], out[:, :, 3:].softmax(1), a
 

@@ -38,7 +38,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # run from any folder, without an install
 import common
 from common import Run, cosine, load_data, make_encoder, make_optimizer, parse, set_lr
-from kernels.decoders import MLP, Autoregressive, centres
+from kernels.decoders import MLP, Autoregressive, frames
 from kernels.segmentation import blocks, clusters, compare
 from kernels.slots import Slots, coloured, complaints, enlarge, monitors
 from kernels.views import normalise
@@ -85,7 +85,7 @@ class AutoEncoder(nn.Module):
 
     def forward(self, x, h, order=0):
         self.s, a = self.slots(self.mlp(x))                      # [B,K,D], [T,B,K,N]
-        told, masks = self.decoder(self.s, h, order, centres(a[-1]))
+        told, masks = self.decoder(self.s, h, order, frames(a[-1])[0])
         return told.float(), masks, a[-1]
 
 
@@ -142,7 +142,7 @@ class SPOT(nn.Module):
         (h, x), found = self.features(v), {}
         for who, net, inputs in (("teacher", self.teacher, h), ("student", self.student, x)):
             s, a = net.slots(net.mlp(inputs))                    # the same slots for all orders
-            masks = [net.decoder(s, h, order, centres(a[-1]))[1] for order in range(orders)]
+            masks = [net.decoder(s, h, order, frames(a[-1])[0])[1] for order in range(orders)]
             found |= {f"A_DEC, {who}": torch.stack(masks).mean(0), f"A_SLOT, {who}": a[-1]}
         return found
 
@@ -152,7 +152,7 @@ def gradient_norms(net, x, h, order):                            # [B,N,C] each 
     with torch.no_grad():
         s, a = net.slots(net.mlp(x))
     s.requires_grad_(True)
-    error = (net.decoder(s, h, order, centres(a[-1]))[0] - h).square().mean(2).sum(0)    # [N]
+    error = (net.decoder(s, h, order, frames(a[-1])[0])[0] - h).square().mean(2).sum(0)    # [N]
     grads = [torch.autograd.grad(e, s, retain_graph=True)[0].flatten(1).norm(dim=1).mean() for e in error]
     return torch.stack(grads)
 

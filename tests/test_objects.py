@@ -36,17 +36,20 @@ def test_slot_attention_paints_the_sum_of_masked_parts():
     assert method(x()).item() == pytest.approx((painted - x()).square().mean().item(), rel=1e-6)
 
 
-def test_slot_attention_counts_positions_from_the_centre_of_attention():
-    """relative: the decoder is given the mean place of what the slot attends to; else the middle."""
+def test_slot_attention_counts_positions_in_the_frame_of_attention():
+    """relative: the decoder is given mean and spread of what the slot attends to; else the middle, and 1."""
     for relative in (True, False):
         _, method = small("slot_attention", relative=relative)
         seen, decoder = [], method.decoder.forward
-        method.decoder.forward = lambda s, c, seen=seen, decoder=decoder: seen.append(c) or decoder(s, c)
+        method.decoder.forward = lambda s, *f, seen=seen, decoder=decoder: seen.append(f) or decoder(s, *f)
         _, _, a = method.parts(x())
         a = a[-1][1, 2]                                          # image 1, slot 2: [N]
         at = load("slot_attention").axes(8)
-        want = (a[:, None] * at).sum(0) / a.sum() if relative else torch.zeros(2)
-        assert torch.allclose(seen[0][1, 2], want, atol=1e-4)
+        centre, spread = (f.expand(4, 3, 2)[1, 2] for f in seen[0])
+        mean = (a[:, None] * at).sum(0) / a.sum()
+        std = ((a[:, None] * (at - mean).square()).sum(0) / a.sum() + .01).sqrt()
+        assert torch.allclose(centre, mean if relative else torch.zeros(2), atol=1e-4)
+        assert torch.allclose(spread, std if relative else torch.ones(2), atol=1e-4)
 
 
 # ---- dinosaur

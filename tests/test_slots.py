@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.decoders import MLP, Autoregressive, Broadcast, axes, centres, orders, quadratic
+from kernels.decoders import MLP, Autoregressive, Broadcast, axes, frames, orders, quadratic
 from kernels.slots import COLOURS, Slots, coloured, complaints, enlarge, glorot, monitors
 
 
@@ -117,13 +117,24 @@ def test_broadcast_paints_around_the_centre(grid, up, size, border):
     """A centre one cell further to the right: the same picture, one cell further."""
     torch.manual_seed(0)
     net = Broadcast(6, 8, grid, up, size)
-    s, centre = torch.randn(1, 2, 6), torch.zeros(1, 2, 2)
-    out, moved = net(s, centre), net(s, centre + torch.tensor([2 / grid, 0]))
+    s, centre, spread = torch.randn(1, 2, 6), torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
+    out, moved = net(s, centre, spread), net(s, centre + torch.tensor([2 / grid, 0]), spread)
     assert out.shape == (1, 2, 4, size, size)
     inner = slice(border, -border)                               # zeros beyond the border do not move along
     assert torch.allclose(moved.roll(-2, 4)[..., inner, inner], out[..., inner, inner], atol=1e-5)
     other = torch.cat([s[:, :1], torch.randn(1, 1, 6)], 1)
-    assert torch.allclose(net(other, centre)[:, 0], out[:, 0], atol=1e-6)        # each slot alone
+    assert torch.allclose(net(other, centre, spread)[:, 0], out[:, 0], atol=1e-6)        # each slot alone
+
+
+def test_broadcast_paints_wider_where_the_slot_looks_wider():
+    """Half the spread along x: at x = .25 is what was at .5; along y nothing has changed."""
+    torch.manual_seed(0)
+    net, s, centre = Broadcast(6, 8, 16, 0, 16), torch.randn(1, 1, 6), torch.full((1, 1, 2), 1 / 16)
+    out, half = (net(s, centre, torch.tensor([[[x, 1.]]])) for x in (1., .5))
+    assert torch.allclose(half[..., 8 + 3], out[..., 8 + 6], atol=1e-6)  # cells from the centre
+    assert not torch.allclose(half, out)
+    far = net(s, centre, torch.full((1, 1, 2), .1))[0, 0]        # beyond four spreads: as four
+    assert torch.equal(far[:, :4, :4], far[:, :1, :1].expand(4, 4, 4))
 
 
 def test_mlp_mixes_each_slots_features_by_masks():
@@ -146,10 +157,13 @@ def test_mlp_counts_from_the_centre_where_relative():
     assert not torch.allclose(moved, at)
 
 
-def test_centres():
+def test_frames():
     a = torch.zeros(1, 2, 16)
     a[0, 0, 5] = a[0, 0, 6] = 1                                  # row 1, columns 1 and 2 of four
-    assert torch.allclose(centres(a), torch.tensor([[[0, -.25], [0, 0]]]), atol=1e-4)    # nothing: the middle
+    centre, spread = frames(a)
+    assert torch.allclose(centre, torch.tensor([[[0, -.25], [0, 0]]]), atol=1e-4)        # nothing: the middle
+    want = torch.tensor([[[.0625, 0], [.3125, .3125]]])          # places at -.75, -.25, .25, .75
+    assert torch.allclose(spread.square(), want + .01, atol=1e-4)
 
 
 def test_nine_orders():
