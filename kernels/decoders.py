@@ -26,10 +26,11 @@ def quadratic(r: Tensor) -> Tensor:
 def frames(a: Tensor) -> tuple[Tensor, Tensor]:
     """Each slot's frame of reference (2302.04973): the mean place of its attention [B,K,N] on a square map,
     from -1 to 1, and its spread along x and y, a standard deviation of .1 and more; [B,K,2] each."""
-    w = a + 1e-6                                                 # a slot that nothing chose is in the middle
-    w, at = w / w.sum(2, keepdim=True), axes(math.isqrt(a.shape[2])).to(a.device)
-    centre = w @ at
-    return centre, (w @ at.square() - centre.square() + .01).sqrt()
+    w, at = a.float() + 1e-6, axes(math.isqrt(a.shape[2])).to(a.device)  # with no attention: in the middle
+    w = w / w.sum(2, keepdim=True)
+    with torch.autocast(a.device.type, enabled=False):           # bf16 would lose the difference of squares
+        centre = w @ at
+        return centre, (w @ at.square() - centre.square() + .01).sqrt()
 
 
 class Broadcast(nn.Module):

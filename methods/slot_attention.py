@@ -8,7 +8,7 @@ with Slot Attention. NeurIPS 2020, arXiv 2006.15055.
       '--loss: squares--> sum of masks x rgb [B,3,S,S] <--softmax over K-- [B,K,4,S,S] <--decoder---------'
 
 Good at: parting scenes of things of one colour on plain ground, without a label. Not at: textures, where
-colour tells no things apart; leaving a slot empty: two share a toy where there are fewer toys than slots.
+colour tells no things apart; leaving a slot empty: one that is to spare shares a toy with another.
 
 Run      python methods/slot_attention.py
          ARI .63 ± .02 (untrained -.02; four equal blocks .02), mBO .46 ± .01 (.09; .16), FG-ARI .52 ± .02

@@ -127,7 +127,7 @@ def test_broadcast_paints_around_the_centre(grid, up, size, border):
 
 
 def test_broadcast_paints_wider_where_the_slot_looks_wider():
-    """Half the spread along x: at x = .25 is what was at .5; along y nothing has changed."""
+    """Half the spread along x: what was six cells from the centre is at three; rows stay where they are."""
     torch.manual_seed(0)
     net, s, centre = Broadcast(6, 8, 16, 0, 16), torch.randn(1, 1, 6), torch.full((1, 1, 2), 1 / 16)
     out, half = (net(s, centre, torch.tensor([[[x, 1.]]])) for x in (1., .5))
@@ -164,6 +164,10 @@ def test_frames():
     assert torch.allclose(centre, torch.tensor([[[0, -.25], [0, 0]]]), atol=1e-4)        # nothing: the middle
     want = torch.tensor([[[.0625, 0], [.3125, .3125]]])          # places at -.75, -.25, .25, .75
     assert torch.allclose(spread.square(), want + .01, atol=1e-4)
+    one = torch.eye(256)[None]                                   # each slot looks at one place of 16 x 16
+    with torch.autocast("cpu", torch.bfloat16):                  # rounding must not move, widen or narrow it
+        low = frames(one)
+    assert all(map(torch.equal, low, frames(one)))
 
 
 def test_nine_orders():
