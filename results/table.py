@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
@@ -274,26 +275,32 @@ def origin():
 
 
 def run_all(names, flags):
-    """What has no line yet. The flags go to every method; the data among them names the file, or names[0]."""
+    """What has no line yet. The flags go to every method; the data among them names the file, or names[0].
+    The first seed has the machine for itself, so that its seconds count; then the others run side by side."""
     data = flags[flags.index("--data") + 1] if "--data" in flags else "toys"
     place, _, first = names[0].rpartition(":")
     file = ROOT / "results" / ((place or re.sub(r"[^a-z0-9]+", "-", data.lower())) + ".jsonl")
     at = flags.index("--seed") if "--seed" in flags else len(flags)
     seeds, flags = flags[at + 1:at + 2] or ["0", "1", "2"], flags[:at] + flags[at + 2:]
-    for seed in seeds:
+
+    def run_seed(seed, threads=0):
         for name in (first, *names[1:]):
             command = [f"methods/{name}.py", "--seed", seed, *flags]
             line = " ".join(["python", *command])
-            if any((r["method"], r["seed"]) == (name, int(seed)) and (r["command"] == line or not place)
-                   for r in read(file)):
-                continue
-            run_one(command, file, (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json"))
+            if not any((r["method"], r["seed"]) == (name, int(seed)) and (r["command"] == line or not place)
+                       for r in read(file)):
+                run_one(command, file, (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json"), threads)
+
+    run_seed(seeds[0])
+    if others := seeds[1:]:
+        with ThreadPoolExecutor(min(len(others), os.cpu_count())) as pool:
+            list(pool.map(partial(run_seed, threads=max(1, os.cpu_count() // len(others))), others))
 
 
-def run_one(command, file, results):
+def run_one(command, file, results, threads=0):
     """Run it; the newest of the `results` that it may have written becomes a line of `file`."""
-    result, row = train(command, results)
-    if os.getloadavg()[1] > os.cpu_count() + 1 or "OMP_NUM_THREADS" in os.environ:
+    result, row = train(command, results, threads)
+    if threads or os.getloadavg()[1] > os.cpu_count() + 1 or "OMP_NUM_THREADS" in os.environ:
         row["busy"] = True                                       # five minutes' load, or fewer threads
     with open(file, "a") as f:
         f.write(json.dumps(row) + "\n")
@@ -301,11 +308,16 @@ def run_one(command, file, results):
         keep_log(result, row)
 
 
-def train(command, results):
-    """Run it -> the newest of `results`, and what is in it with the command, the commit and the machine."""
+def train(command, results, threads=0):
+    """Run it -> the newest of `results`, and what is in it with the command, the commit and the machine.
+    threads: of a process beside others; their bars would mix, so that what it prints comes at its end."""
     print("python", *command, flush=True)
     began, about = time.time(), origin()                         # what runs, not what comes later
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    beside = dict(env=os.environ | dict(OMP_NUM_THREADS=str(threads)), stdout=subprocess.PIPE,
+                  stderr=subprocess.STDOUT, text=True) if threads else {}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=False, **beside)
+    print(done.stdout or "", end="", flush=True)
+    done.check_returncode()
     written = [f for f in results if f.stat().st_mtime > began - 2]
     if not written:
         raise FileNotFoundError(f"{' '.join(command)} has left no result where it was looked for")

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -134,16 +135,56 @@ def test_a_rows_commit_is_that_of_its_start_and_no_older_result_is_taken(tmp_pat
     file.write_text('{"linear": 1}')
     os.utime(file, (0, 0))
     monkeypatch.setattr(table, "origin", lambda: dict(about))
-    monkeypatch.setattr(table.subprocess, "run", lambda *args, **options: None)
+    monkeypatch.setattr(table.subprocess, "run", lambda *args, **_: subprocess.CompletedProcess(args, 0))
     with pytest.raises(FileNotFoundError, match="methods/x.py has left no result"):
         table.train(["methods/x.py"], [file])
 
     def run(*args, **options):
         about["commit"] = "after"
         file.write_text('{"linear": 2}')
+        return subprocess.CompletedProcess(args, 0)
     monkeypatch.setattr(table.subprocess, "run", run)
     assert table.train(["methods/x.py"], [file])[1] == dict(linear=2, command="python methods/x.py",
                                                             commit="before", machine="m")
+
+
+def test_the_first_seed_runs_alone_then_the_others_side_by_side(tmp_path, monkeypatch):
+    """What has a line is not run again; a run beside another has fewer threads, and no seconds to show."""
+    beside, ran = threading.Barrier(2, timeout=30), []           # breaks where one waits alone
+
+    def train(command, results, threads):
+        ran.append((seed := int(command[2]), command[0]))
+        if seed:
+            beside.wait()
+        return "result.json", dict(method=Path(command[0]).stem, seed=seed, command="", threads=threads)
+
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "train", train)
+    monkeypatch.setattr(table, "keep_log", lambda result, row: None)
+    monkeypatch.setattr(table.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(table.os, "getloadavg", lambda: (0., 0., 0.))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    (tmp_path / "results").mkdir()
+    file = tmp_path / "results/toys.jsonl"
+    done = [dict(method="rotnet", seed=seed, command="") for seed in (0, 1, 2)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in done))
+    table.run_all(["mae", "rotnet", "simclr"], [])
+    names = "methods/mae.py", "methods/simclr.py"
+    assert ran[:2] == [(0, name) for name in names]
+    assert sorted(ran[2:]) == [(seed, name) for seed in (1, 2) for name in names]
+    rows = table.read(file)[3:]
+    assert [r["threads"] for r in rows] == [0, 0, 3, 3, 3, 3]
+    assert [r.get("busy") for r in rows] == [None, None, True, True, True, True]
+
+
+def test_a_run_beside_others_prints_at_its_end_and_its_failure_stops(tmp_path, monkeypatch, capsys):
+    (tmp_path / "methods").mkdir()
+    code = "import os, sys\nprint(os.environ['OMP_NUM_THREADS'])\nsys.exit('no')"
+    (tmp_path / "methods/x.py").write_text(code)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    with pytest.raises(subprocess.CalledProcessError):
+        table.train(["methods/x.py"], [], threads=3)
+    assert capsys.readouterr().out == "python methods/x.py\n3\nno\n"
 
 
 def test_results_stay_small():
