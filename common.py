@@ -100,6 +100,9 @@ def parse(config, paper: dict, argv: list[str] | None = None):
         if not (0 < value < limit or value == 0 and not above or value == 1 and share):
             parser.error(f"--{name} is {value}: give a number {'above' if above else 'from'} 0"
                          + " to 1" * share + ", below 1" * (name in BELOW_ONE))
+    for low, high in (("crop_local", "crop"), ("crop", "crop_max")):
+        if getattr(cfg, low, 0) > getattr(cfg, high, 1):
+            parser.error(f"--{low} {getattr(cfg, low)} is above --{high} {getattr(cfg, high)}")
     return cfg
 
 class Data(NamedTuple):
@@ -380,6 +383,8 @@ class Run:
             fail(f"--data {self.cfg.data} are clips, which video_colorization.py alone learns from")
         if not self.per_epoch:
             fail(f"--batch_size {self.cfg.batch_size} is more than the {len(data.images)} training images")
+        if self.cfg.batch_size == 1 and any(isinstance(m, nn.BatchNorm1d) for m in method.modules()):
+            fail("--batch_size 1 does not fit: BatchNorm compares images, give 2 or more")
         self.total = max(1, round(self.cfg.epochs * self.per_epoch)) if self.cfg.epochs else self.cfg.steps
         if self.cfg.resume:
             self.load()
@@ -411,13 +416,12 @@ class Run:
             yield step, index.to(self.device)
             self.seconds = time.perf_counter() - began
             self.bar.update()
+            halt = stop[-1]
             if world() > 1:                                      # all processes stop after the same step
-                flag = torch.tensor(stop[-1], device=self.device)
+                flag = torch.tensor(halt, device=self.device)
                 dist.all_reduce(flag, dist.ReduceOp.MAX)
                 halt = int(flag)
                 stop.append(max(stop[-1], halt))                 # a signal that has just come: after the next
-            else:
-                halt = stop[-1]
             if halt or (step + 1) % every == 0 or step + 1 == self.total:
                 self.save()
             if halt:

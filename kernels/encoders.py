@@ -229,10 +229,11 @@ def load_weights(encoder: nn.Module, file) -> nn.Module:
     state = {re.sub(wrapped, "", str(k)): v for k, v in state.items()}
     foreign = r"(fc|head|fc_norm|projector|predictor|encoder_k|momentum_encoder)\.|decoder_|mask_token|queue"
     state = {k: v for k, v in state.items() if not re.match(foreign, k)}
-    if "pos_embed" in state and isinstance(encoder, ViT):
-        side, pos = math.isqrt(encoder.pos_embed.shape[1] - 1), state["pos_embed"]
-        if pos.shape[1] != 1 + math.isqrt(pos.shape[1] - 1) ** 2:
-            raise ValueError(f"{file} does not fit: {pos.shape[1]} positions are no [CLS] and a square")
+    if torch.is_tensor(pos := state.get("pos_embed")) and isinstance(encoder, ViT):
+        side = math.isqrt(encoder.pos_embed.shape[1] - 1)
+        n = pos.shape[1] - 1 if pos.ndim == 3 else 0
+        if n < 1 or n != math.isqrt(n) ** 2:
+            raise ValueError(f"{file} does not fit: positions {list(pos.shape)} are no [CLS] and a square")
         state["pos_embed"] = torch.cat([pos[:, :1], resize_positions(pos[:, 1:], side, side)], 1)
     try:
         encoder.load_state_dict(state, strict=True)

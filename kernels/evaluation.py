@@ -71,9 +71,10 @@ def segment(encode, data, n: int = 2000) -> tuple[Tensor, Tensor]:
     return dense_probe(*few, a, truth.shape[1:]), truth
 
 
-def class_iou(predicted: Tensor, truth: Tensor, k: int) -> float:
-    """mIoU of class maps [M,H,W], values 0..k-1: the mean over the classes that are in either, each over the
+def class_iou(predicted: Tensor, truth: Tensor) -> float:
+    """mIoU of class maps [M,H,W], values from 0: the mean over the classes that are in either, each over the
     pixels of all images together, as PASCAL VOC counts."""
+    k = 1 + int(max(predicted.max(), truth.max()))
     n = (k * truth.long() + predicted).flatten().bincount(minlength=k * k).view(k, k)    # pixels: truth, told
     union = n.sum(0) + n.sum(1) - n.diag()                       # [K]
     return (n.diag() / union)[union > 0].mean().item()

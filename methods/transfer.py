@@ -83,8 +83,9 @@ def pretrained(folder, scratch=False):                           # of a finished
         module = importlib.import_module(result["method"])       # in the folder of this file
         cfg = module.Config(**{k: v for k, v in result["flags"].items() if hasattr(module.Config, k)})
         encoder = module.build(cfg).encoder
-        if not scratch:
-            encoder.load_state_dict(read_checkpoint(Path(folder, "encoder.pt").expanduser()), strict=True)
+        state = read_checkpoint(Path(folder, "encoder.pt").expanduser())
+        kept = {k: v for k, v in state.items() if not scratch or k == "centres"}         # iGPT's palette
+        encoder.load_state_dict(kept, strict=not scratch)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError) as e:
         common.fail(f"--run {folder or '(none)'} is no folder of a finished run ({str(e).splitlines()[0]})")
     return encoder.requires_grad_(True), cfg
@@ -138,8 +139,7 @@ def main(cfg):
     if probes and masks is not None:
         (told, truth), (before, _) = (segment(lambda x, e=e: e.eval().layers(normalise(x))[-1], data)
                                       for e in (method.encoder, run.untrained))
-        k = len(data.classes) + 1
-        result |= dict(miou=class_iou(told, truth, k), miou_untrained=class_iou(before, truth, k))
+        result |= dict(miou=class_iou(told, truth), miou_untrained=class_iou(before, truth))
         rows = {name: coloured(y[:10]) for name, y in dict(truth=truth, frozen=before, tuned=told).items()}
         common.save_grid(run.folder / "places.png", {"x": data.test_images[:10]} | rows)
     return run.finish(layers=probes, **result)

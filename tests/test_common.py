@@ -1,6 +1,7 @@
 """common.py and kernels/encoders.py: what they promise, against a loop, a formula or a small file."""
 import copy
 import hashlib
+import importlib
 import io
 import math
 import os
@@ -77,6 +78,16 @@ def test_bad_flags_are_named(argv, why, capsys):
         parse(Flags, {}, argv.split())
     line = capsys.readouterr().err.splitlines()[-1]
     assert e.value.code == 2 and "error: " in line and why in line
+
+
+@pytest.mark.parametrize("method, argv, why", [
+    ("dino", "--crop .3 --crop_local .4", "--crop_local 0.4 is above --crop 0.3"),
+    ("obow", "--crop .9 --crop_max .5", "--crop 0.9 is above --crop_max 0.5")])
+def test_crops_that_contradict_each_other(method, argv, why, capsys):
+    module = importlib.import_module(f"methods.{method}")
+    with pytest.raises(SystemExit) as e:
+        parse(module.Config, module.PAPER, argv.split())
+    assert e.value.code == 2 and why in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_bad_flags_show_one_line_of_usage(capsys):
@@ -633,8 +644,8 @@ def test_class_iou_by_hand():
     class 3 is nowhere, class 4 is told where it is not."""
     truth = torch.tensor([[[0, 0], [0, 1]], [[0, 1], [2, 2]]], dtype=torch.uint8)
     told = torch.tensor([[[0, 0], [1, 1]], [[0, 0], [2, 4]]])
-    assert class_iou(told, truth, 5) == pytest.approx((3 / 5 + 1 / 3 + 1 / 2 + 0) / 4)
-    assert class_iou(truth.long(), truth, 9) == 1.
+    assert class_iou(told, truth) == pytest.approx((3 / 5 + 1 / 3 + 1 / 2 + 0) / 4)
+    assert class_iou(truth.long(), truth) == 1.
 
 
 def test_dense_probe_by_hand():

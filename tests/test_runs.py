@@ -271,6 +271,11 @@ def test_a_mistake_is_one_line_and_loses_nothing(flags, why, folder, tmp_path):
     assert all(raw in after.values() for raw in before.values() if raw[:1] != b"{")  # the old log may go
 
 
+def test_one_image_is_too_few_for_batchnorm_alone(tmp_path):
+    assert "--batch_size 1 does not fit: BatchNorm" in stops(tmp_path, "--batch_size", "1", method="byol")
+    assert go(tmp_path, "--batch_size", "1", "--encoder", "vit_micro", method="mae")["steps"] == 4
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_a_gpu_that_is_not_here(tmp_path):
     assert "--device cuda is not here: this machine has" in stops(tmp_path, "--device", "cuda")

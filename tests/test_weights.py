@@ -171,6 +171,9 @@ def refused(encoder, file):
     ("width of the positions", {"pos_embed": (1, 65, 7)}, "size mismatch for pos_embed"),
     ("no square", {"pos_embed": (1, 64, 128)}, "does not fit"),
     ("no grid", {"pos_embed": (1, 63, 128)}, "does not fit"),
+    ("one dimension", {"pos_embed": (65,)}, "positions [65] are no [CLS] and a square"),
+    ("no positions", {"pos_embed": (1, 0, 128)}, "does not fit"),
+    ("[CLS] alone", {"pos_embed": (1, 1, 128)}, "does not fit"),
     ("number as name", {5: (1,)}, "does not fit")])
 def test_what_does_not_fit_is_named_in_one_line(what, change, why, tmp_path):
     encoder, file = create_encoder("vit_micro", 32), tmp_path / "file.pth"
