@@ -34,13 +34,15 @@ def glorot(module: nn.Module):
 
 class Slots(nn.Module):
     """k slots of width d from inputs [B,N,dim]. init: "gaussian", one that all slots share, drawn anew for
-    each image, in tests as well; "queries", k learned ones in a fixed order, with the bi-level gradient."""
+    each image, in tests as well; "queries", k learned ones in a fixed order, with the bi-level gradient, or,
+    without bilevel, the gradient through all rounds."""
 
-    def __init__(self, k, dim, d, rounds=3, hidden=None, init="gaussian"):
+    def __init__(self, k, dim, d, rounds=3, hidden=None, init="gaussian", bilevel=True):
         super().__init__()
         if init not in ("gaussian", "queries"):
             raise ValueError(f"init must be gaussian or queries, got {init}")
         self.k, self.rounds, self.init, hidden = k, rounds, init, hidden or 2 * d
+        self.bilevel = bilevel and init == "queries"
         self.norm_inputs, self.norm_slots = nn.LayerNorm(dim), nn.LayerNorm(d)
         self.to_q, self.gru = nn.Linear(d, d, bias=False), nn.GRUCell(d, d)
         self.to_k, self.to_v = nn.Linear(dim, d, bias=False), nn.Linear(dim, d, bias=False)
@@ -60,7 +62,7 @@ class Slots(nn.Module):
         x, first = self.norm_inputs(x), self.start(len(x)) if s is None else s
         k, v, s, maps = self.to_k(x), self.to_v(x), first, []
         for i in range(self.rounds):
-            if self.init == "queries" and i == self.rounds - 1:  # value of s, gradient to the queries
+            if self.bilevel and i == self.rounds - 1:            # value of s, gradient to the queries
                 s = s.detach() + first - first.detach()
             u, a = slot_attention(self.to_q(self.norm_slots(s)), k, v, maps=True)        # [B,K,D], [B,K,N]
             s = self.gru(u.flatten(0, 1), s.flatten(0, 1)).view_as(s)    # the state is s before its norm

@@ -75,13 +75,15 @@ def paint(x, drawn, ink, u, v, swell, pixels):
 
 
 def toys(n=20_000, seed=0, size=32, objects=1, frames=1, jitter=.22, small=.24, large=.42, tilt=.15, rho=.6,
-         contrast=.3, distractors=0, sky=False, noise=.03, light=.2, flip=True, parts=True, grey=False):
+         contrast=.3, distractors=0, sky=False, noise=.03, light=.2, flip=True, parts=True, grey=False,
+         apart=0.):
     """n images, scenes (objects > 1: 2..objects toys) or clips (frames > 1) as images uint8 [n,T,3,S,S],
     masks uint8 [n,T,S,S] (0 = ground, k+1 = what is visible of toy k), labels [n,K] (-1 = no toy), centres
     [n,T,K,2] and camera motion since frame 0 [n,T,2], (x, y) in sides, y down: the ground moves by -motion.
     Stills have no T, single toys' labels no K. jitter: how far from the middle of its cell, in cells
-    (in scenes 1 is anywhere); half sizes small..large are in sides (x .45 in scenes, < .5 in clips); rho: how
-    often hues are the class's; parts=False: one vivid hue a toy; grey: plain grey ground.
+    (in scenes 1 is anywhere); apart: scenes without cells, where centres are so many sums of their half sizes
+    apart, if 99 tries find such places; half sizes small..large are in sides (x .45 in scenes, < .5 in
+    clips); rho: how often hues are the class's; parts=False: one vivid hue a toy; grey: plain grey ground.
     The same call gives the same bits; another n gives other images."""
     g, grid, out = torch.Generator().manual_seed(seed), math.ceil(objects ** .5), []
 
@@ -99,6 +101,12 @@ def toys(n=20_000, seed=0, size=32, objects=1, frames=1, jitter=.22, small=.24, 
         half = rand(small, large, m, k, 1, 1) * (1 if k == 1 else .45)    # [m,K,1,1]
         cell = rand(0, 1, m, grid ** 2, 1, 1).argsort(1)[:, :k]
         centre = (torch.cat([cell % grid, cell // grid], 3) + .5 + rand(-jitter, jitter, m, k, 1, 2)) / grid
+        if apart and k > 1:
+            at, none = half + (1 - 2 * half) * rand(0, 1, m, k, 99, 2), label < 0         # [m,K,99,2] [m,K]
+            near = (at[:, :, None] - at[:, None]).norm(dim=4) / (half[:, :, None] + half[:, None])[..., 0]
+            alone = none[:, :, None] | none[:, None] | torch.eye(k, dtype=torch.bool)     # [m,K,K]
+            near = near.masked_fill(alone[..., None], math.inf).amin((1, 2))              # [m,99]
+            centre = at[torch.arange(m), :, near.clamp(max=apart).argmax(1), None]        # the first that is
         centre = centre + rand(-.06, .06, m, k, 1, 2) * time              # [m,K,T,2]
         if frames > 1 or k > 1:
             centre = 1 - half - ((centre - half) % (2 - 4 * half) - 1 + 2 * half).abs()

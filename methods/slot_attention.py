@@ -56,6 +56,7 @@ class Config(common.Config):
     grid: int = 16                 # side of the decoder's grid
     up: int = 0                    # its deconvolutions of 5 x 5, stride 2; without, 1 x 1 and enlarged
     relative: bool = True          # the decoder's positions are in the slot's frame
+    queries: bool = False          # slots start from a learned vector each, not from one Gaussian
 
 
 # Official code, CLEVR6: rate 4e-4, warm-up 10,000 of 500,000 steps.
@@ -66,18 +67,17 @@ PAPER = dict(image_size=128, steps=500_000, batch_size=64, lr=4e-4, warmup=.02, 
 class SlotAttention(nn.Module):
     """encoder: has .dim and .layers(images [B,3,S,S]), a list of maps, the last [B,dim,h,h]."""
 
-    def __init__(self, encoder, decoder, k=4, d=64, rounds=3, relative=True):
+    def __init__(self, encoder, decoder, k=4, d=64, rounds=3, relative=True, queries=False):
         super().__init__()
         c = encoder.dim
         self.encoder, self.decoder, self.relative, self.place = encoder, decoder, relative, nn.Linear(5, c)
         self.mlp = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.ReLU(), nn.Linear(c, c))
-        self.slots = Slots(k, c, d, rounds)
+        self.slots = Slots(k, c, d, rounds, init="queries" if queries else "gaussian", bilevel=False)
         glorot(self)
 
     def parts(self, x):                      # [B,3,S,S] -> rgb [B,K,3,S,S], masks [B,K,1,S,S], a [T,B,K,N]
         h = self.encoder.layers(x)[-1]                           # [B,C,h,h]
-        at = axes(h.shape[2]).to(h.device)                       # [N,2]
-        s, a = self.slots(self.mlp(h.flatten(2).mT + self.place(quadratic(at))))
+        s, a = self.slots(self.mlp(h.flatten(2).mT + self.place(quadratic(axes(h.shape[2]).to(h.device)))))
         frame = frames(a[-1]) if self.relative else (s.new_zeros(1, 1, 2), s.new_ones(1, 1, 2))
         out = self.decoder(s, *frame).float()                    # [B,K,4,S,S]
         self.s = s.flatten(0, 1)                                 # [BK,D]
@@ -96,7 +96,7 @@ def build(cfg):
         common.fail("--weights does not fit: no file is known for this encoder")
     decoder = Broadcast(cfg.dim, cfg.width, cfg.grid, cfg.up, cfg.image_size)
     encoder = Convolutions(cfg.width, cfg.kernel, cfg.stride, cfg.depth)
-    return SlotAttention(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.relative)
+    return SlotAttention(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.relative, cfg.queries)
 
 
 @torch.no_grad()

@@ -36,6 +36,19 @@ def test_slot_attention_paints_the_sum_of_masked_parts():
     assert method(x()).item() == pytest.approx((painted - x()).square().mean().item(), rel=1e-6)
 
 
+def test_slot_attention_starts_from_a_gaussian_or_from_learned_queries():
+    """--queries: nothing is drawn, the slots differ, and all rounds teach them."""
+    _, drawn = small("slot_attention")
+    _, learned = small("slot_attention", queries=True)
+    for method, same in ((drawn, False), (learned, True)):
+        first, second = (method.parts(x())[1] for _ in range(2))
+        assert torch.equal(first, second) == same
+    assert drawn.slots.mu.shape == (1, 1, 8) and learned.slots.mu.shape == (1, 3, 8)
+    assert not learned.slots.bilevel
+    learned(x()).backward()
+    assert (learned.slots.mu.grad[0].norm(dim=1) > 0).all()
+
+
 def test_slot_attention_counts_positions_in_the_frame_of_attention():
     """relative: the decoder is given mean and spread of what the slot attends to; else the middle, and 1."""
     for relative in (True, False):

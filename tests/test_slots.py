@@ -62,13 +62,24 @@ def test_the_bi_level_gradient_is_that_of_the_last_round_from_the_queries():
     found = net.mu.grad.clone(), net.to_v.weight.grad.clone()
     with torch.no_grad():
         net.rounds = 2
-        net.init = "gaussian"                                    # two plain rounds from the queries
+        net.bilevel = False                                      # two plain rounds from the queries
         before, _ = net(x, net.mu.expand(2, -1, -1))
     net.rounds, last = 1, before.requires_grad_(True)
     net.zero_grad()
     (net(x, last)[0] * c).sum().backward()
     assert torch.allclose(found[0], last.grad.sum(0, keepdim=True)) and found[0].abs().sum() > 0
     assert torch.allclose(found[1], net.to_v.weight.grad)        # earlier rounds give none
+
+
+def test_without_bilevel_the_queries_have_the_gradient_of_all_rounds():
+    net, x, c = slots("queries", bilevel=False), rand(2, 7, 5), rand(2, 4, 6, seed=3)
+    (net(x)[0] * c).sum().backward()
+    first = net.mu.detach().expand(2, -1, -1).clone().requires_grad_(True)
+    (net(x, first)[0] * c).sum().backward()
+    assert torch.allclose(net.mu.grad, first.grad.sum(0, keepdim=True)) and not slots(bilevel=True).bilevel
+    both = slots("queries")
+    (both(x)[0] * c).sum().backward()
+    assert torch.allclose(both(x)[0], net(x)[0]) and not torch.allclose(both.mu.grad, net.mu.grad)
 
 
 def test_glorot():

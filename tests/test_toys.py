@@ -106,6 +106,25 @@ def test_toys_of_a_scene_stay_inside():
     assert d["centres"].std() > .2                               # anywhere, not on a grid
 
 
+def test_toys_that_are_apart():
+    """No two centres nearer than apart sums of half sizes, though anywhere else; where there is no such
+    place, as far as 99 tries get."""
+    def nearest(d):                                              # of the toys that are there, in sums
+        gap = (d["centres"][:, :, None] - d["centres"][:, None]).norm(dim=3) / (2 * .45 * .4)       # [n,K,K]
+        none = (d["labels"] < 0)[:, :, None] | (d["labels"] < 0)[:, None] | torch.eye(3).bool()
+        return gap.masked_fill(none, 9).amin((1, 2))
+
+    same = dict(objects=3, small=.4, large=.4, jitter=1)
+    free, apart, far = (nearest(d := toys(300, 5, **same, apart=a)) for a in (0, 1, 9))
+    assert free.min() < .5 and 1 <= apart.min() < 1.1
+    assert apart.mean() < 1.4 and 1.6 < far.mean()               # the first such places, not the farthest
+    assert d["centres"].min() >= .45 * .4 - 1e-6 and d["centres"].max() <= 1 - .45 * .4 + 1e-6
+    anywhere = toys(2000, 5, **same, apart=1)
+    there = anywhere["centres"][anywhere["labels"] >= 0]         # [.,2]
+    assert torch.allclose(there.mean(0), torch.tensor(.5), atol=.02) and there.std() > .19
+    assert torch.equal(toys(5, 3, apart=1)["images"], toys(5, 3)["images"])              # alone: as ever
+
+
 def test_clip_paths_and_bounces():
     d = toys(200, 5, objects=3, frames=16)
     step = d["centres"].diff(dim=1)                                       # [n,T-1,K,2]
