@@ -311,7 +311,7 @@ def run_one(command, file, results, threads=0):
 def train(command, results, threads=0):
     """Run it -> the newest of `results`, and what is in it with the command, the commit and the machine.
     threads: of a process beside others; their bars would mix, so that what it prints comes at its end."""
-    print("python", *command, flush=True)
+    print(f"python {' '.join(command)}\n", end="", flush=True)            # whole, where two print at once
     began, about = time.time(), origin()                         # what runs, not what comes later
     beside = dict(env=os.environ | dict(OMP_NUM_THREADS=str(threads)), stdout=subprocess.PIPE,
                   stderr=subprocess.STDOUT, text=True) if threads else {}
