@@ -259,7 +259,7 @@ def make_optimizer(cfg: Config, method: nn.Module) -> torch.optim.Optimizer:
     groups = [dict(params=[p for p in params if p.ndim > 1], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.ndim <= 1], weight_decay=0.)]
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, cfg.lr, betas=(cfg.momentum, cfg.beta2))
+        return torch.optim.AdamW(groups, cfg.lr, betas=(cfg.momentum, cfg.beta2), fused=True)
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, cfg.lr, cfg.momentum, nesterov=cfg.momentum > 0)
     if cfg.optimizer == "lars":
@@ -410,8 +410,8 @@ class Run:
             if epoch != step // self.per_epoch:
                 epoch = step // self.per_epoch
                 shuffle = torch.Generator().manual_seed(seed_of(seed, "epoch", epoch))
-                order = torch.randperm(n, generator=shuffle)
-            index = order.split(self.cfg.batch_size)[step % self.per_epoch][rank()::world()]
+                batches = torch.randperm(n, generator=shuffle).split(self.cfg.batch_size)
+            index = batches[step % self.per_epoch][rank()::world()]
             torch.manual_seed(seed_of(seed, step, rank()))
             yield step, index.to(self.device)
             self.seconds = time.perf_counter() - began
