@@ -20,7 +20,7 @@ def test_one_step(name, tmp_path, monkeypatch):
     """A finite loss; every trained weight gets a gradient, and no target does. iGPT's output table starts at
     zero, which no gradient passes: its second step."""
     flags = ["--steps", "2" if name == "igpt" else "1", *UNTAUGHT.get(name, [])]
-    method, losses, _ = train(name, tmp_path, monkeypatch, *flags)
+    method, losses, _ = train(name, tmp_path, monkeypatch, *flags, images=32)
     assert math.isfinite(losses[0])
     for weight, p in method.named_parameters():
         if p.requires_grad:
@@ -233,8 +233,8 @@ def test_byol_with_the_momentum_0_or_1_has_that_to_the_end(m, share, tmp_path, m
 def test_byol_collapses_without_predictor_and_slow_teacher(tmp_path, monkeypatch, capsys):
     """Predictor and slow teacher keep the constant away: without them the std monitor falls, and it warns."""
     flags = "--steps", "60", "--lr", "3e-3", "--encoder", "resnet_small"
-    _, _, kept = train("byol", tmp_path / "a", monkeypatch, *flags)
-    _, losses, log = train("byol", tmp_path / "b", monkeypatch, *flags, "--no-predictor", "--m", "0")
+    _, _, kept = train("byol", tmp_path / "a", monkeypatch, *flags, images=32)
+    _, losses, log = train("byol", tmp_path / "b", monkeypatch, *flags, "--no-predictor", "--m=0", images=32)
     assert log["z_std"] < .05 < .5 < kept["z_std"] and losses[-1] < .1
     assert "WARNING" in capsys.readouterr().out
 
