@@ -12,7 +12,7 @@ from kernels.views import normalise
 
 UNTAUGHT = dict(dinosaur=["--no-pretrain", "--image_size", "16"],
                 spot=["--no-pretrain", "--image_size", "16", "--teacher", "0"])
-SLOW = ("beit", "dino", "igpt", "pixelcnn", "simclr", "simmim", "swav", "video_colorization")
+WHOLE = "ibot", "jigsaw", "obow"         # half a batch is too little for thirty steps of theirs
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -34,7 +34,7 @@ def test_thirty_steps_lower_the_loss_on_one_batch(name, tmp_path, monkeypatch):
     """DINO's teacher and centre stand still for it; SwAV's loss can fall far with its paper's temperature."""
     flags = (UNTAUGHT | dict(dino=["--m", "1", "--no-centering"], swav=["--tau", ".1"])).get(name, [])
     _, losses, _ = train(name, tmp_path, monkeypatch, "--steps", "30", *flags,
-                         images=32 if name in SLOW else 64)
+                         images=64 if name in WHOLE else 32)
     assert sum(losses[-5:]) < .97 * sum(losses[:5])
 
 
