@@ -81,7 +81,8 @@ def monitors(masks: Tensor) -> dict[str, float]:
     """Of soft masks [B,K,H,W] or [B,K,N]. used: slots that win 1 % of an image and more, 1..K; largest: the
     share of the one that wins most; masks_vary: std over the images, 0 where masks are places, not objects;
     all runs start there, so that complaints() judges at the end."""
-    won = F.one_hot(masks.flatten(2).max(1).indices, masks.shape[1]).float().mean(1)     # [B,K]
+    winner = masks.flatten(2).max(1).indices                     # [B,N]  a CPU finds it faster than argmax
+    won = F.one_hot(winner, masks.shape[1]).float().mean(1)      # [B,K]
     return dict(used=(won >= .01).sum(1).float().mean().item(), largest=won.amax(1).mean().item(),
                 masks_vary=masks.float().std(0).mean().item())
 

@@ -12,7 +12,7 @@ colour tells no things apart; leaving a slot empty: one that is to spare shares 
 
 Run      python methods/slot_attention.py
          ARI .63 ± .02 (untrained -.02; four equal blocks .02), mBO .46 ± .01 (.09; .16), FG-ARI .52 ± .02
-         (.12; .46), of the attention .56 ± .02, each seed above both; 156 s on 2 cores, slow ones
+         (.12; .46), of the attention .56 ± .02, each seed above both; 156 s on 2 cores
 Differs  positions in the decoder count from the mean of each slot's attention, in its standard deviations, as
          in Invariant Slot Attention (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the
          middle of the image (paper: its sides). Their squares and product enter, too. AdamW and a

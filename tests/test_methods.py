@@ -12,7 +12,7 @@ from kernels.views import normalise
 
 UNTAUGHT = dict(dinosaur=["--no-pretrain", "--image_size", "16"],
                 spot=["--no-pretrain", "--image_size", "16", "--teacher", "0"])
-WHOLE = "ibot", "jigsaw", "obow"         # half a batch is too little for thirty steps of theirs
+WHOLE = "ibot", "jigsaw", "obow"         # with half a batch their losses do not fall in thirty steps
 
 
 @pytest.mark.parametrize("name", METHODS)
