@@ -88,11 +88,11 @@ def mask_ratio(seeds):
     """Pre-train at each ratio, probe, fine-tune with a tenth of the labels; and the same from scratch."""
     file = ROOT / "results/variants-mask_ratio.jsonl"
     for seed in seeds[1:] or ["0", "1", "2"]:
-        tune(["--encoder", "vit_micro"], ".1", seed, file)
         for ratio in map(str, RATIOS):
             out, run = f"runs/mae-mask_ratio={ratio}", f"mae-mask_ratio={ratio}/mae-toys-seed{seed}"
             once(["methods/mae.py", "--mask_ratio", ratio, "--out", out, "--seed", seed], file, run)
             tune(["--run", f"runs/{run}"], ".1", seed, file)
+        tune(["--run", f"runs/{run}", "--scratch"], ".1", seed, file)    # the ratio is no part of the encoder
     draw_ratios(read(file), ROOT / "results/mask_ratio.png")
 
 
@@ -104,10 +104,10 @@ def draw_ratios(rows, path):
     for label, value in {"fine-tuned": lambda r: r["accuracy"],
                          "linear probe, frozen": lambda r: r["untrained"]["linear"]}.items():
         found = {}
-        for r in (r for r in rows if "--run" in r["command"]):
+        for r in (r for r in rows if "--run" in r["command"] and "--scratch" not in r["command"]):
             found.setdefault(float(re.search(r"mask_ratio=([.\d]+)", r["command"])[1]), []).append(value(r))
         bars(axis, found, label)
-    scratch = statistics.mean(r["accuracy"] for r in rows if "--encoder" in r["command"])
+    scratch = statistics.mean(r["accuracy"] for r in rows if "--scratch" in r["command"])
     axis.axhline(scratch, color="grey", ls=":", label="from scratch")
     axis.set(xlabel="share of the patches that is hidden", ylabel="%, with 10 % of the labels", xticks=RATIOS)
     axis.legend(fontsize=8)

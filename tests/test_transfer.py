@@ -371,3 +371,23 @@ def test_the_lessons_draw_the_means_over_the_seeds(lessons, monkeypatch):
     assert drawn["from scratch"] == {n: [pytest.approx(.9 * n)] * 2 for n in (1, 3, 10, 30, 100)}
     assert set(drawn) == {"from scratch", None, *module.STARTS.values()}
     assert drawn[list(module.STARTS.values())[-1]][100] == [90., 95.]
+
+
+def test_mask_ratios_are_read_beside_the_same_network_from_scratch(lessons, monkeypatch):
+    """MAE's own encoder: its positions and start are not those of --encoder vit_micro. Drawn as the line."""
+    module, _, root = lessons
+    ran, level = [], []
+
+    def run_one(words, file, results):
+        ran.append(words)
+        row = dict(command=" ".join(["python", *words]), accuracy=40. + len(ran), untrained=dict(linear=30.))
+        with open(file, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(module, "run_one", run_one)
+    monkeypatch.setattr("matplotlib.axes.Axes.axhline", lambda self, y, **style: level.append(y))
+    module.mask_ratio(["--seed", "3"])
+    assert [words[0][8:] for words in ran] == ["mae.py", "transfer.py"] * 4 + ["transfer.py"]
+    assert ["--scratch" in words for words in ran] == [False] * 8 + [True]
+    assert ran[-1][ran[-1].index("--run") + 1] == ran[-2][ran[-2].index("--run") + 1]
+    assert level == [49.] and (root / "results/mask_ratio.png").stat().st_size > 1000
