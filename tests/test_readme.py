@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
@@ -67,6 +68,32 @@ def test_every_method_has_a_group_a_picture_and_runs():
         rows = [r for r in ROWS if (r["file"], r["method"]) == ("toys", name)]
         now, before = (sum(r["linear"] for r in x) for x in (rows, [r["untrained"] for r in rows]))
         assert rows and now > before and all("knn" in r for r in rows), name
+
+
+@pytest.mark.parametrize("name", [name for _, name in table.grouped()])
+def test_a_docstrings_run_says_what_the_rows_say(name):
+    """Mean and deviation, before training, the least that a seed gains, and the seconds."""
+    text = (ROOT / f"methods/{name}.py").read_text()
+    text = " ".join(re.search(r"\nRun .*?\nDiffers", text, re.S)[0].split())
+    rows, found = [r for r in ROWS if (r["file"], r["method"]) == ("toys", name)], 0
+    who = "A_DEC, student" if name == "spot" else "masks"
+    keys = {"linear": "linear", "k-NN": "knn"}
+    keys |= {metric: f"{metric.lower().replace('-', '_')}, {who}" for metric in ("mBO", "ARI", "FG-ARI")}
+    for label, key in keys.items():
+        now, m = [r.get(key) for r in rows], re.search(rf"(?<![\w-]){label}:? ([\d.]+) ± ([\d.]+)", text)
+        if m and None not in now:
+            found, digits = found + 1, 1 if label in ("linear", "k-NN") else 2
+            told = [float(x) for x in m.groups()]
+            assert told == [round(f(now), digits) for f in (statistics.mean, statistics.stdev)]
+        if m and "linear" in rows[0]:
+            more = re.match(r"(?: %)? \((?:untrained )?([\d.]+)(?:; each (?:seed )?at least \+(\d+))?",
+                            text[m.end():])
+            before = [r["untrained"][key] for r in rows]
+            gained = int(min(a - b for a, b in zip(now, before, strict=True)))
+            assert more[1] == f"{statistics.mean(before):.1f}" and int(more[2] or gained) == gained
+    quiet, told = [r["seconds"] for r in rows if not r.get("busy")], re.search(r"(\d+) s on 2 cores", text)
+    assert found >= 2 and bool(quiet) == bool(told)
+    assert not told or told[1] == f"{statistics.mean(quiet):.0f}"
 
 
 def test_the_figures_of_the_papers_say_where_they_were_read():
