@@ -133,7 +133,7 @@ def tenth(seeds):
     """The first table's runs without labels, fine-tuned with a tenth of them; their networks from scratch."""
     sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
     file = ROOT / "results/variants-tenth.jsonl"
-    for seed in seeds[1:] or ["0"]:
+    for seed in seeds[1:] or ["0", "1", "2"]:
         for name in (name for group, name in grouped() if group not in ("Objects", "With labels, the bound")):
             cfg = importlib.import_module(name).Config()
             run = f"runs/{name}-{re.sub('[^a-z0-9.=]+', '-', cfg.data)}-seed{seed}"
