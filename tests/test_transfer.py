@@ -217,7 +217,7 @@ def test_published_weights_are_tuned_as_a_run_is(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(common.Run, "start", lambda self, method, data, reference, optimizer: (
         starts.append(optimizer), start(self, method, data, reference, optimizer))[1])
     flags = ["--weights", str(file), "--encoder", name, "--image_size", str(size), "--data", "toys:n=100",
-             "--steps", "1", "--batch_size", "20", "--out", str(tmp_path), *more]
+             "--steps", "1", "--batch_size", "20", "--decay", ".75", "--out", str(tmp_path), *more]
     result = transfer.main(common.parse(transfer.Config, transfer.PAPER, flags))
     assert len({g["scale"] for g in starts[0].param_groups}) == 6        # embedding, four layers, head
     assert "before training" in capsys.readouterr().out and 0 < result["miou_untrained"] < 1
@@ -265,7 +265,8 @@ def test_the_step_uses_the_scaled_rates_and_from_scratch_there_is_one(tmp_path, 
     flags = "--steps", "1", "--lr", "8e-3", "--warmup", "0", "--batch_size", "50"
     train("transfer", tmp_path, monkeypatch, *flags, "--encoder", "vit_micro", images=50)
     train("transfer", tmp_path, monkeypatch, *flags, "--run", str(run), "--decay", ".5", images=50)
-    assert rates == [[.008], [.00025, .0005, .001, .002, .004, .008]]
+    train("transfer", tmp_path, monkeypatch, *flags, "--run", str(run), images=50)
+    assert rates == [[.008], [.00025, .0005, .001, .002, .004, .008], [.008]]
 
 
 def test_smoothing_and_predictions_by_hand():
