@@ -10,7 +10,7 @@
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
 Label efficiency, and a tenth: 300 steps of 64 images, pre-trained or not; the rate is 3e-3 for ResNets, else
-1e-3. Label efficiency probes layers and places, too, with a tenth of the labels.
+1e-3, the same for all layers. Label efficiency probes layers and places, too, with a tenth of the labels.
 Batch sizes: SimCLR's negatives are the rest of its batch, MoCo's are keys of earlier batches. Every run sees
 89,600 images; the rate goes with the square root of the batch size, as is usual with AdamW. What has been run
 is not run again.
