@@ -13,7 +13,7 @@ Good at: telling what pre-training is worth, beside the same network from scratc
 
 Run      python methods/transfer.py --run runs/rotnet-toys-seed0 --labels .01 --lr 3e-3
          200 labels: 56.1 ± 1.5 % fine-tuned, 37.5 ± 2.3 frozen and probed; from scratch 29.0 ± 2.0
-Differs  crop and flip, no mixup, no stochastic depth; [CLS] and positions decay, too; quick: one rate.
+Differs  crop and flip alone, no stochastic depth; [CLS], positions decay; quick: one rate for all layers.
 """
 import importlib
 import json
