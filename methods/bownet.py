@@ -12,7 +12,8 @@ Good at: invariance to the view, with no risk of a collapse. Not at: what the fi
 
 Run      python methods/bownet.py
          linear 65.4 ± 1.4 % (untrained 27.9; each at least +35), k-NN 56.8 ± 1.3 (22.2); 104 s on 2 cores
-Differs  no CutMix; words are noted, not counted; the quick run has AdamW, few words, a short first stage.
+Differs  no CutMix; words are noted, not counted; k-means sees 1,024 images; --paper has a ResNet-18, a cosine
+         and one rate for both stages; the quick run has AdamW, few words, a short first stage.
 """
 import copy
 import math
@@ -43,7 +44,7 @@ class Config(common.Config):
 
 # There is no official code: a reproduction on CIFAR, github.com/StoneY1/Reproducing-BowNet.
 PAPER = dict(data="cifar10", encoder="resnet18", epochs=150, batch_size=128, optimizer="sgd", lr=.05,
-             weight_decay=5e-4, warmup=0., k=2048)
+             weight_decay=5e-4, warmup=0., first=1., k=2048)
 
 
 def kmeans(x, k, iterations=10):                                 # [N,C] -> words [K,C]

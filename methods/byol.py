@@ -15,7 +15,8 @@ constant solves the loss; predictor, stop-gradient and slow teacher keep it away
 Run      python methods/byol.py
          linear 41.3 ± 2.8 % (untrained 27.2; each seed at least +12), k-NN 23.8 ± 1.1 (21.9); 90 s on 2 cores
 Differs  the teacher starts as a copy, not from a seed of its own; LARS has the rate inside the momentum, as
-         SimCLR's code; the quick run has AdamW, a faster teacher, larger crops, no blur or solarise.
+         SimCLR's code; crops are resized bilinearly, brightness is multiplied, not added; the quick run has
+         AdamW, a faster teacher, larger crops, no blur or solarise.
 """
 import copy
 import sys

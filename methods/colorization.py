@@ -107,10 +107,12 @@ class Colorization(nn.Module):
         with torch.no_grad():
             stride = 64 // encoder.eval().layers(torch.zeros(1, 3, 64, 64))[-1].shape[3]
         encoder.train()
+        self.steps = max(0, math.ceil(math.log2(stride / 4)))    # up to a quarter of the image
+        self.cell = stride / 2 ** self.steps
         self.register_buffer("bins", ab_bins())                  # [Q,2]
         self.register_buffer("weights", torch.ones(len(self.bins)))      # [Q]
         head, c = [], encoder.dim
-        for _ in range(max(0, math.ceil(math.log2(stride / 4)))):        # up to a quarter of the image
+        for _ in range(self.steps):
             head, c = [*head, nn.ConvTranspose2d(c, width, 4, 2, 1), nn.ReLU()], width
         self.head = nn.Sequential(*head, nn.Conv2d(c, width, 3, 1, 1), nn.ReLU(),
                                   nn.Conv2d(width, 2 if loss == "l2" else len(self.bins), 1))
@@ -118,7 +120,8 @@ class Colorization(nn.Module):
     def predict(self, v):                                        # [B,3,H,W] -> [B,Q,h,w]; l2: [B,2,h,w]
         last = self.encoder.layers(v)[-1]                        # [B,D,h',w']
         self.h = last.mean((2, 3))                               # [B,D]
-        return self.head(last).float()
+        h, w = (int(n / self.cell) for n in v.shape[2:])         # a map of 44 x 44 comes as 6 x 6 eights
+        return self.head(last)[:, :, :h, :w].float()
 
     def compare(self, out, ab):                                  # [B,Q,h,w], [B,2,H,W] -> loss
         ab = F.interpolate(ab, out.shape[2:], mode="nearest-exact")      # [B,2,h,w]  one pixel of each cell

@@ -20,9 +20,9 @@ Run      python methods/context_encoder.py
          --adversarial .001: linear 35.8 ± 1.3, k-NN 30.3 ± 1.3, error .081
 Differs  a ResNet for AlexNet up to pool5; the channel-wise layer starts as the identity; the decoder halves
          the channels; random regions are the official code's noise, not the text's shapes of PASCAL objects,
-         an own one an image; holes have the data's mean colour, not ImageNet's; both steps of a batch share
-         one pass, as in the official code; views are resized crops, with --paper as well (the code: 128 of
-         350 pixels); AdamW, the rate follows a cosine.
+         an own one an image; no bottleneck of 4,000, as that code has; holes have the data's mean colour, not
+         ImageNet's; both steps of a batch share one pass, as in the official code; views are resized crops,
+         with --paper as well (the code: 128 of 350 pixels); AdamW, the rate follows a cosine.
 """
 import math
 import sys

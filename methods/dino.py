@@ -8,7 +8,7 @@ Transformers. ICCV 2021, arXiv 2104.14294.
     x --2 global crops--> v [2B,3,S,S] --> teacher (kept) --> head --> t [2B,K] --(t - c) / tau_t--> // p_t
          |                    |                ~~> m          ~~> m         ~~> c (mean, moving)       | loss
          |                    '----------> student --------> head --> s [VB,K] -------s / tau_s-----> p_s
-         '--V-2 local crops--> [..,3,S/2,S/2] --^      every crop, against every other global crop
+         '--V-2 local crops--> [..,3,s,s] --^          every crop, against every other global crop
 
 Good at: k-NN on the features as they are; attention that falls on the object. Not at: few steps; telling the
 object from all else that the crops share (--data toys: grounds with colours of their own, which it then tells
@@ -17,9 +17,10 @@ apart). --no-centering: one prototype wins, perplexity 1. --no-sharpening: all s
 Run      python methods/dino.py
          linear 47.1 ± 0.7 % (untrained 35.9; each seed at least +11), k-NN 44.4 ± 1.6 (32.5); IoU of
          attention and object .50 ± .10 (.25); 52 s on 2 cores
-Differs  no stochastic depth; the rate falls to 0; crops are resized bilinearly; the last layer's rows stay of
-         length 1, which the official long run trains; the quick run has grey grounds, two local crops, a
-         sharper teacher that moves faster, and neither blur nor solarise.
+Differs  no stochastic depth; the rate falls to 0; crops are resized bilinearly, positions to the crop's exact
+         number of patches; the last layer's rows stay of length 1, which the official long run trains; the
+         quick run has grey grounds, two local crops, a sharper teacher that moves faster, and neither blur
+         nor solarise.
 """
 import copy
 import math

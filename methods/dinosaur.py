@@ -13,10 +13,9 @@ Good at: things of many colours. Not at: more than its encoder knows; outlines f
 Run      python methods/dinosaur.py
          mBO .38 ± .01 (untrained .11, blocks .22, k-means of h .36), ARI .56 ± .01 (-.02, .04, .55), FG-ARI
          .33 ± .01 (.06, .39, .28); 60 s on 2 cores, after dino.py's own run
-Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
-         each patch's features are told less their mean, over their deviation, unless --no-norm; mlp has
-         positions from each slot's centre, too (Biza et al., ICML 2023), unless --no-relative; AdamW and a
-         cosine for Adam, a halving rate; no flips; autoregressive has no biases in attention, a last norm.
+Differs  the encoder is dino.py's small ViT of single toys, or --weights; features are told normalised, unless
+         --no-norm; mlp has positions from each slot's centre, too (2302.04973), unless --no-relative; a
+         cosine, not halving; no flips; AdamW; autoregressive: no bias in attention, a last norm.
 """
 import subprocess
 import sys
@@ -57,8 +56,9 @@ class Config(common.Config):
 
 
 # Official code, COCO: rate 4e-4, warm-up 10,000 of 500,000 steps; DINO's ViT-B/16 through --weights.
-PAPER = dict(image_size=224, encoder="vit_base/16", times=1, steps=500_000, batch_size=64, lr=4e-4, k=7,
-             warmup=.02, weight_decay=0., dim=256, norm=False, hidden=2048, relative=False, depth=4, heads=8)
+PAPER = dict(data="folder:coco", image_size=224, encoder="vit_base/16", times=1, steps=500_000, batch_size=64,
+             lr=4e-4, warmup=.02, weight_decay=0., k=7, dim=256, norm=False, hidden=2048, relative=False,
+             depth=4, heads=8)
 
 
 class Dinosaur(nn.Module):
@@ -100,11 +100,11 @@ def build(cfg):
 
 def pretrained(cfg):                                             # -> the file with the encoder's weights
     file = Path(cfg.out).expanduser() / f"dino-toys-grey-seed{cfg.seed}/encoder.pt"
-    if not file.exists():
-        dino = [sys.executable, Path(__file__).with_name("dino.py")]
-        dino += [f"--{key}={getattr(cfg, key)}" for key in ("seed", "out", "device")]
-        if common.world() > 1 or subprocess.run(dino, check=False).returncode:
-            common.fail("dino.py has trained no encoder: run it by itself, or give one with --weights")
+    if cfg.encoder != Config.encoder or not file.exists():
+        cmd = [sys.executable, Path(__file__).with_name("dino.py")]
+        cmd += [f"--{key}={getattr(cfg, key)}" for key in ("seed", "out", "device")]
+        if cfg.encoder != Config.encoder or common.world() > 1 or subprocess.run(cmd, check=False).returncode:
+            common.fail(f"dino.py has trained no {cfg.encoder}: run it by itself, or give one with --weights")
     return str(file)
 
 

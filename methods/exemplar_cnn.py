@@ -21,7 +21,7 @@ Run      python methods/exemplar_cnn.py
          --loss triplet: linear 51.4 ± 0.5, k-NN 41.6 ± 1.0, own seed 42 ± 4
 Differs  the encoder is a ResNet, with a BatchNorm before the classifier; distortions are drawn anew at each
          step (Eq. 3), not 100 a seed once, and factors and powers evenly in their logarithm; an image has one
-         seed, of one scale; the quick run's is 24 of the image's 32 pixels; the rate follows a cosine;
+         seed, of one scale; the quick run's is 24 of the image's 32 pixels; Nesterov's momentum, a cosine;
          triplets are all those of the batch (the hardest alone stay at M).
 """
 import math

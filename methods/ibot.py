@@ -18,7 +18,8 @@ Good at: features of patches, and of [CLS] for k-NN. Not at: few steps, after wh
 Run      python methods/ibot.py
          linear 47.4 ± 1.4 % (untrained 35.9; each seed at least +9), k-NN 42.2 ± 1.1 (32.5); 71 s on 2 cores
 Differs  as dino.py: no stochastic depth, rows of the last layer of length 1, the rate falls to 0, bilinear
-         crops; the quick run has grey grounds, a sharper and faster teacher, no local crops, no blur.
+         crops, positions resized exactly; the quick run has grey grounds, a sharper and faster teacher, no
+         local crops, no blur.
 """
 import copy
 import math

@@ -57,9 +57,9 @@ class Config(common.Config):
     blur: float = 0.               # probability of a Gaussian blur, for images of 64 px and more
 
 
-# Official code, version 2. Version 3 with a ViT-S: --version 3 --encoder vit_small --epochs 300 --warmup .133
-# --batch_size 4096 --optimizer adamw --lr 2.4e-3 --weight_decay .1 --hidden 4096 --dim 256 --m .99 --crop .08
-# Version 1: --version 1 --tau .07 --blur 0.
+# Official code, version 2. Version 3, a ViT-S, which there has 12 heads: --version 3 --encoder vit_small
+# --epochs 300 --warmup .133 --batch_size 4096 --optimizer adamw --lr 2.4e-3 --weight_decay .1 --hidden 4096
+# --dim 256 --m .99 --crop .08. Version 1: --version 1 --tau .07 --blur 0.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="resnet50", epochs=200, batch_size=256,
              optimizer="sgd", lr=.03, warmup=0., hidden=2048, queue=65536, m=.999, splits=8, blur=.5)
 
@@ -140,7 +140,8 @@ def main(cfg):
     reference = {f"4 tau ln {cfg.batch_size}": 4 * cfg.tau * math.log(cfg.batch_size)}
     if cfg.version < 3:
         reference = {f"ln {cfg.queue + 1}": math.log(cfg.queue + 1)}
-        for index in torch.randint(len(data.images), (cfg.queue,)).split(cfg.batch_size):
+        drawn = torch.randint(len(data.images), (common.rank() + 1, cfg.queue))[-1]  # each process its own
+        for index in drawn.split(cfg.batch_size):
             method.enqueue(method.keys(views(data.images[index], **options)))
     model = run.start(method, data, reference, optimizer)
 

@@ -83,14 +83,16 @@ def attention_maps(encoder, images):
 
 @torch.no_grad()
 def failures(method, images, n=10):
-    """The n worst mistakes, as seen and as turned back by what the network said; its accuracy in %."""
+    """The worst mistakes, n at most, as seen and as turned back by what the network said; accuracy in %."""
     method.eval()
     turned, k = four_turns(images)                               # [4B,3,H,W], [4B]
     logits = torch.cat([method.classifier(method.encoder(normalise(x))) for x in turned.split(500)])
     said = logits.argmax(1)                                      # [4B]
-    worst = F.cross_entropy(logits, k, reduction="none").masked_fill(said == k, 0).topk(n).indices
+    loss = F.cross_entropy(logits, k, reduction="none").masked_fill(said == k, 0)        # [4B]
+    worst = loss.topk(min(n, int((said != k).sum()))).indices
     back = [turned[i].rot90(-int(said[i]), (1, 2)) for i in worst]
-    return {"seen": turned[worst], "turned back": torch.stack(back)}, common.percent(said, k)
+    rows = {"seen": turned[worst], "turned back": torch.stack(back)} if back else {}
+    return rows, common.percent(said, k)
 
 
 def main(cfg):
@@ -114,7 +116,8 @@ def main(cfg):
     x = data.test_images[:10]
     common.save_grid(run.folder / "attention.png", {"test images": x} | attention_maps(method.encoder, x))
     rows, accuracy = failures(method, data.test_images[:500])
-    common.save_grid(run.folder / "failures.png", rows, "the worst mistakes on turned test images")
+    if rows:
+        common.save_grid(run.folder / "failures.png", rows, "the worst mistakes on turned test images")
     return run.finish(layers=True, turns_right=accuracy)
 
 

@@ -15,7 +15,8 @@ ignores whatever the views change; without colour jitter it matches two crops by
 Run      python methods/simclr.py
          linear 50.7 ± 1.8 % (untrained 27.2; each seed at least +21), k-NN 41.0 ± 1.0 (21.9); 71 s on 2 cores
 Differs  pixels are normalised by mean and deviation; crops are resized bilinearly, not bicubically; the last
-         BatchNorm has a shift; the quick run has AdamW, half the colour strength, tau .2 and no blur.
+         BatchNorm has a shift, blocks do not start as the identity; the quick run has AdamW, larger crops,
+         half the colour strength, tau .2 and no blur.
 """
 import math
 import os

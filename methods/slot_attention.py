@@ -15,9 +15,9 @@ Run      python methods/slot_attention.py
          (.12; .46), of the attention .56 ± .02, each seed above both; 156 s on 2 cores
 Differs  positions in the decoder count from the mean of each slot's attention, in its standard deviations, as
          in Invariant Slot Attention (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the
-         middle of the image (paper: its sides). Their squares and product enter, too. AdamW and a
-         cosine for Adam and a halving rate; clipped gradients; a linear layer and a ReLU before the decoder;
-         in the quick run two convolutions, and a decoder of 1 x 1 ones on a 16 x 16 grid, enlarged.
+         middle of the image (paper: its sides). Squares and product of positions enter, in the encoder, too;
+         images are mirrored at random; a cosine for a halving rate; a linear layer and a ReLU before the
+         decoder; the quick run clips gradients, has two convolutions, its decoder 1 x 1 ones on 16 x 16.
 """
 import sys
 from dataclasses import dataclass
@@ -60,8 +60,8 @@ class Config(common.Config):
 
 
 # Official code, CLEVR6: rate 4e-4, warm-up 10,000 of 500,000 steps.
-PAPER = dict(image_size=128, steps=500_000, batch_size=64, lr=4e-4, warmup=.02, clip=0., k=7, width=64,
-             dim=64, depth=4, stride=1, grid=8, up=4, relative=False)
+PAPER = dict(data="folder:clevr", image_size=128, steps=500_000, batch_size=64, lr=4e-4, warmup=.02, clip=0.,
+             k=7, width=64, dim=64, depth=4, stride=1, grid=8, up=4, relative=False)
 
 
 class SlotAttention(nn.Module):

@@ -51,7 +51,7 @@ class Config(common.Config):
     crop: float = .5               # smallest share of the image's area in a view
 
 
-# The official code has no solver: optimizer and batch are those of Colorization's. Cells: 12 x 12.
+# The official code has no solver: optimizer and batch are Colorization's, its VGG's. Cells: 12 x 12.
 PAPER = dict(data="folder:imagenet", image_size=180, encoder="resnet18", steps=450_000, batch_size=40,
              lr=3e-5, beta2=.99, weight_decay=1e-3, warmup=0., cell=15)
 

@@ -20,9 +20,9 @@ Run      python methods/spot.py
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
          the quick run's decoder is the MLP, positions as in dinosaur.py, for the paper's takes twice the
          steps; nor is the encoder tuned; each patch's features are told less their mean, in units of their
-         deviation, unless --no-norm; images are not flipped; AdamW for Adam. The autoregressive decoder
-         has no LayerNorm on the residual stream before the first block, and Xavier's start everywhere; the
-         queries' is that of one matrix [1,KD].
+         deviation, unless --no-norm; images are not flipped; the rate falls to 0; the MLP sees the slots
+         themselves (theirs: a projection). The autoregressive decoder has no LayerNorm on the residual stream
+         before the first block, and Xavier's start everywhere; the queries start two to three times smaller.
 """
 import copy
 import subprocess
@@ -70,9 +70,9 @@ class Config(common.Config):
 
 
 # Official code, COCO: rate 4e-4, 50 epochs for the teacher, 50 for the student; DINO's ViT-B/16 by --weights.
-PAPER = dict(image_size=224, encoder="vit_base/16", times=1, epochs=100, batch_size=64, lr=4e-4, k=7, dim=256,
-             warmup=.1, tune=4, decoder="autoregressive", norm=False, hidden=2048, relative=False, depth=4,
-             heads=6)
+PAPER = dict(data="folder:coco", image_size=224, encoder="vit_base/16", times=1, epochs=100, batch_size=64,
+             lr=4e-4, warmup=.1, tune=4, k=7, dim=256, decoder="autoregressive", norm=False, hidden=2048,
+             relative=False, depth=4, heads=6)
 
 
 class AutoEncoder(nn.Module):
@@ -178,11 +178,11 @@ def build(cfg):
 
 def pretrained(cfg):                                             # -> the file with the encoder's weights
     file = Path(cfg.out).expanduser() / f"dino-toys-grey-seed{cfg.seed}/encoder.pt"
-    if not file.exists():
-        dino = [sys.executable, Path(__file__).with_name("dino.py")]
-        dino += [f"--{key}={getattr(cfg, key)}" for key in ("seed", "out", "device")]
-        if common.world() > 1 or subprocess.run(dino, check=False).returncode:
-            common.fail("dino.py has trained no encoder: run it by itself, or give one with --weights")
+    if cfg.encoder != Config.encoder or not file.exists():
+        cmd = [sys.executable, Path(__file__).with_name("dino.py")]
+        cmd += [f"--{key}={getattr(cfg, key)}" for key in ("seed", "out", "device")]
+        if cfg.encoder != Config.encoder or common.world() > 1 or subprocess.run(cmd, check=False).returncode:
+            common.fail(f"dino.py has trained no {cfg.encoder}: run it by itself, or give one with --weights")
     return str(file)
 
 

@@ -16,7 +16,7 @@ Run      python methods/swav.py
          linear 64.6 ± 1.8 % (untrained 42.6; each seed at least +20), k-NN 60.2 ± 1.4 (39.3); 80 s on 2 cores
 Differs  biases and norms have neither weight decay nor trust ratio; LARS has the rate inside the momentum;
          the rate rises from 0 and falls to 0; the queue counts from when it is full; the quick run has grey
-         grounds, AdamW, tau .25 and no blur.
+         grounds, AdamW, larger crops, tau .25 and no blur.
 """
 import math
 import sys

@@ -15,8 +15,9 @@ at one view alone, so views may be of different kinds. Not at: doing without a b
 
 Run      python methods/vicreg.py
          linear 43.1 ± 0.1 % (untrained 27.2; each seed at least +15), k-NN 31.6 ± 1.7 (21.9); 88 s on 2 cores
-Differs  LARS has the rate inside the momentum, as SimCLR's code; blocks do not start as the identity; the
-         quick run has AdamW, less wide layers, larger crops, and neither blur nor solarise.
+Differs  LARS has the rate inside the momentum, as SimCLR's code; blocks do not start as the identity; crops
+         are resized bilinearly; the quick run has AdamW, narrower layers, larger crops, and neither blur nor
+         solarise.
 """
 import sys
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class VICReg(nn.Module):
         self.z, z2 = self.projector(self.h), self.projector(h2)  # [B,P] each
         z1, z2 = (self.gather(z.to(torch.promote_types(z.dtype, torch.float32))) for z in (self.z, z2))
         s = F.mse_loss(z1, z2)                                   # Eq. 5, but a mean over features too
-        v = (spread_term(z1) + spread_term(z2)) / 2
+        v = (spread_term(z1) + spread_term(z2)) / 2              # official code; the text has the sum
         c = vicreg_covariance(z1) + vicreg_covariance(z2)        # Eq. 3 and 4
         self.terms = dict(s=s.detach(), v=v.detach(), c=c.detach())
         return sum(w * term for w, term in zip(self.weights, (s, v, c), strict=True))    # Eq. 6

@@ -177,8 +177,9 @@ def test_l2_is_half_the_squared_distance_of_the_colours():
 # ---- the network
 
 @pytest.mark.parametrize("encoder, size", [("resnet_small", 32), ("vit_micro", 32), ("resnet18", 64),
-                                           ("vit_tiny/16", 64)])
+                                           ("vit_tiny/16", 64), ("resnet18", 176)])
 def test_predicts_at_a_quarter_of_the_image(encoder, size):
+    """Of 176 pixels, the paper's, as well, where the strides leave 88, 44, 22, 11 and 6 of them."""
     method, v = C.build(C.Config(encoder=encoder, image_size=size)), torch.zeros(2, 3, size, size)
     assert method.predict(v).shape == (2, 313, size // 4, size // 4)
     assert method.colours(v).shape == (2, 2, size, size) and method.h.shape == (2, method.encoder.dim)

@@ -107,6 +107,18 @@ def test_dropping_keeps_one_channel_and_noise_of_a_hundredth_of_its_deviation():
     assert noise.mean().abs() < 1e-3 and C.no_fringes(p, "keep") is p
 
 
+def test_dropping_keeps_green_outside_of_training():
+    """Features of an image are the same each time; the noise stays, a hundredth of a deviation."""
+    p = torch.rand(50, 3, 8, 8)
+    kept = (p == C.no_fringes(p, "drop", fixed=True)).all((2, 3))        # [50,3]
+    assert torch.equal(kept, torch.tensor([False, True, False]).expand(50, 3))
+    method, x = C.build(C.Config(colour="drop")), torch.randn(4, 3, 64, 64)
+    a, b = (method.encoder.eval()(x) for _ in range(2))
+    assert F.cosine_similarity(a, b).min() > .999
+    a, b = (method.encoder.train().prepare(p) for _ in range(2))
+    assert F.cosine_similarity(a.flatten(1), b.flatten(1)).min() < .5
+
+
 @pytest.mark.parametrize("how", ["project", "drop", "keep"])
 def test_patches_do_not_tell_their_brightness_or_contrast(how):
     nine, p = method(colour=how).encoder, torch.rand(7, 3, 16, 16)

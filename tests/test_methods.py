@@ -1,5 +1,6 @@
 """What every method must do: a new file in methods/ is tested by being there. Then what each must do."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,22 @@ def test_rotnet_turns_counter_clockwise_without_interpolation():
     assert k.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and torch.equal(turned[:2], x)
     assert turned[2, 0].tolist() == [[3, 7, 11, 15], [2, 6, 10, 14], [1, 5, 9, 13], [0, 4, 8, 12]]
     assert torch.equal(turned[4:6], x.flip(2).flip(3)) and torch.equal(turned[6:], x.mT.flip(3))
+
+
+def test_rotnet_shows_its_mistakes_alone():
+    rotnet = load("rotnet")
+    images = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    turned, k = rotnet.four_turns(images)
+    right = nn.functional.one_hot(k, 4).float()
+    for wrong in ([], [3, 7, 19], list(range(20))):
+        said = right.clone()
+        said[wrong] = right[wrong].roll(1, 1)
+        method = SimpleNamespace(eval=int, encoder=nn.Identity(), classifier=lambda x, said=said: said)
+        rows, accuracy = rotnet.failures(method, images)
+        assert accuracy == pytest.approx(100 - 5 * len(wrong)) and bool(rows) == bool(wrong)
+        if wrong:
+            shown = [[torch.equal(x, y) for y in turned].index(True) for x in rows["seen"]]
+            assert len(shown) == min(10, len(wrong)) and set(shown) <= set(wrong)
 
 
 def test_rotnet_cannot_do_better_than_ln_4_where_all_turns_look_alike():

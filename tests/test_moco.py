@@ -1,6 +1,7 @@
 """MoCo: its losses by hand, the queue, groups of BatchNorm and their leak, the teacher, version 3."""
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,18 @@ def test_order_of_a_step(tmp_path, monkeypatch):
     assert log["m"] == .99                                       # it does not rise, as in version 3
     assert calls == ["enqueue"] * 4 + ["update_teacher", "forward", "step", "enqueue"] * 3
     assert queues[0].unique(dim=0).shape == (64, 128)
+
+
+def test_each_process_fills_the_queue_with_images_of_its_own(tmp_path, monkeypatch):
+    """All start from one seed: without that, the gathered queue would hold each key once a process."""
+    seen = []
+    monkeypatch.setattr(moco.MoCo, "enqueue", lambda self, k: seen.append(k))
+    for rank in range(2):
+        everything = vars(moco.common) | dict(rank=lambda rank=rank: rank)
+        monkeypatch.setattr(moco, "common", SimpleNamespace(**everything))
+        train("moco", tmp_path / str(rank), monkeypatch, "--steps", "1", "--queue", "64")
+    first, second = seen[0], seen[2]                             # each followed by the step's own
+    assert first.shape == second.shape == (64, 128) and not (first[:, None] == second).all(2).any()
 
 
 def test_the_loss_starts_near_ln_of_the_keys(tmp_path, monkeypatch):
