@@ -322,7 +322,8 @@ def test_label_efficiency_runs_what_is_missing_and_draws(lessons):
     assert len(tuned) == (1 + len(module.STARTS)) * len(module.SHARES)
     for words in tuned:
         cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
-        assert cfg.seed == 3 and bool(cfg.run) == ("--encoder" not in words)
+        assert cfg.seed == 3 and cfg.steps == 900 and cfg.run.startswith("runs/")
+    assert ["--scratch" in words for words in tuned] == [True] * 5 + [False] * 10
     assert (root / "results/labels.png").stat().st_size > 1000
     file = root / "results/variants-labels.jsonl"
     lines = file.read_text().splitlines()
