@@ -217,6 +217,17 @@ def test_attend_takes_the_head_nearest_to_the_object():
     assert seen[1, 2:].sum() == 0
 
 
+def test_discs_see_no_image_and_are_chosen_as_heads_are():
+    masks = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    seen = dino.discs(masks)
+    assert seen.shape == (3, 4, 40, 40) and torch.equal(seen[0], seen[2])
+    assert (seen.sum((2, 3)) / 1600 - math.pi / 16).abs().max() < .01    # a quarter of a side is the radius
+    masks[0][seen[0, 2]], masks[1, :20], masks[2, 20:, :20] = 1, 1, 1
+    best, iou = dino.nearest(seen, masks)
+    assert iou[0] == 1 and torch.equal(best[0], seen[0, 2]) and torch.equal(best[2], seen[0, 2])
+    assert iou[1].item() == pytest.approx((seen[0, 0, :20].sum() / (800 + seen[0, 0, 20:].sum())).item())
+
+
 @pytest.mark.parametrize("encoder", ["vit_micro/8", "resnet_small"])
 def test_pictures(encoder, tmp_path, monkeypatch):
     found = {}
