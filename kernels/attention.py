@@ -80,7 +80,7 @@ if triton:
         return tl.load(x + row.to(tl.int64)[:, None] * stride + d, there[:, None] & (d < D), 0.)
 
     @triton.jit
-    def _there(pad, b, at, n):
+    def _there(pad, b, at, n):                                    # pad int32: Triton 3.8 fails at fp64, bytes
         return at < n if pad is None else tl.load(pad + b * n + at, at < n, 1) == 0
 
     @triton.jit
@@ -167,7 +167,7 @@ if triton:
                         enable_fp_fusion=True, **_tiles(D, itemsize, "KEYS" in options))
         with torch.cuda.device_of(tensors[0]):
             kernel[(B * H * triton.cdiv(n, options["BM"]),)](
-                *tensors, hidden if hidden is None else hidden.contiguous(), *rest, H, n, m, shift,
+                *tensors, hidden if hidden is None else hidden.contiguous().int(), *rest, H, n, m, shift,
                 *(s for x in tensors for s in x.stride()[:3]), scale * math.log2(math.e), **options)
 
 def _tiles(D, itemsize, backward):
@@ -245,6 +245,6 @@ def attention(q, k, v, causal=False, padding=None, rows=None, scale=None, impl="
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')
     if impl == "reference":
         return attention_reference(q, k, v, causal, padding, rows, scale)
-    out, _, maps = _forward(q, k, v, padding, q.new_empty(0, dtype=torch.int64) if rows is None else rows,
-                            k.shape[2] - causal * q.shape[2], scale or q.shape[3]**-.5)
+    own, shift = q.new_empty(0, dtype=torch.int64) if rows is None else rows, k.shape[2] - causal * q.shape[2]
+    out, _, maps = _forward(q, k, v, padding, own.to(q.device), shift, scale or q.shape[3]**-.5)
     return out if rows is None else (out, maps)

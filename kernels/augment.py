@@ -141,7 +141,7 @@ if triton:
             W: tl.constexpr, S: tl.constexpr, KY: tl.constexpr, KX: tl.constexpr, BLOCK: tl.constexpr,
             END: tl.constexpr, MEAN: tl.constexpr, STD: tl.constexpr, CONTRAST: tl.constexpr,
             SATURATION: tl.constexpr, HUE: tl.constexpr):
-        ACC: tl.constexpr = out.dtype.element_ty
+        ACC: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
         n = (tl.program_id(0) // tl.cdiv(S * S, BLOCK)).to(tl.int64)              # the image
         i = tl.program_id(0) % tl.cdiv(S * S, BLOCK) * BLOCK + tl.arange(0, BLOCK)
         pixel = tl.minimum(i, S * S - 1)                          # [BLOCK]  the last repeated

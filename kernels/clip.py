@@ -232,9 +232,9 @@ def clip_loss(a: Tensor, b: Tensor, scale: float | Tensor, impl: str = "auto") -
         low = a.dtype if a.dtype == torch.float64 else torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
             return clip_loss(a.to(low), b.to(low), scale, impl)
-    if a.ndim != 2 or a.shape != b.shape or not a.numel() or a.dtype != b.dtype:
-        raise ValueError("a and b must be [N,D] with N, D >= 1, of one dtype, got "
-                         f"{[*a.shape]} {a.dtype} and {[*b.shape]} {b.dtype}")
+    if a.ndim != 2 or a.shape != b.shape or not a.numel() or a.dtype != b.dtype or a.device != b.device:
+        raise ValueError("a and b must be [N,D] with N, D >= 1, of one dtype and device, got "
+                         f"{[*a.shape]} {a.dtype} and {[*b.shape]} {b.dtype}, on {a.device}, {b.device}")
     if scale.ndim if torch.is_tensor(scale) else not scale > 0:
         raise ValueError(f"scale must be a positive number or a 0-d tensor, got {scale}")
     if impl not in ("auto", "triton", "reference"):

@@ -73,7 +73,7 @@ if triton:
             d = start + tl.arange(0, BD)
             s = _mm(_rows(a, i, d, D), _rows(b, j, d, D).T, s, PREC)              # [BM,BN]  a_i . b_j
         if c is not None:
-            s -= tl.load(c + k)                                   # [1,BN] or [BM,1]
+            s -= tl.load(c + k).to(ACC)                           # [1,BN] or [BM,1]
         return tl.where(tl.arange(0, BN) < real, s, LOW)          # of the j, so many are real
 
     @triton.jit

@@ -71,7 +71,7 @@ if triton:
         return x.to(dtype)
 
     @triton.jit
-    def _live(mask, b, row, n):
+    def _live(mask, b, row, n):                                   # int32: Triton 3.8 breaks on fp64 and bytes
         return row < n if mask is None else (row < n) & (tl.load(mask + b * n + row, row < n, 1) == 0)
 
     @triton.jit
@@ -149,6 +149,7 @@ if triton:
 
     def _launch(kernel, extra, eps, scale, q, k, v, *rest):
         q, *rest = (None if x is None or not x.numel() else x.contiguous() for x in (q, *rest))
+        rest = (x.int() if x is not None and x.dtype == torch.bool else x for x in rest)
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
         (B, S, D), N, strides = q.shape, k.shape[1], (*k.stride()[:2], *v.stride()[:2])
         parts = min(triton.cdiv(N, 64), triton.cdiv(PROGRAMS, B))
@@ -193,10 +194,8 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output[:2])
     ctx.mark_non_differentiable(output[1])
 
-
 def _gradient(ctx, du, _, da):
     return *_backward(du, da, *ctx.saved_tensors, ctx.eps, ctx.scale), *[None] * 5
-
 
 def _no_second(ctx, *grads):
     raise NotImplementedError('the kernel has no second derivative: use impl="reference"')
@@ -221,8 +220,8 @@ def slot_attention(q, k, v, mask=None, slot_mask=None, eps=1e-8, scale=None, map
     Both have gradients. mask [B,N] bool: True = hidden, never read, a = 0. slot_mask [B,S] bool: True = off,
     a and u are 0. So is u of a slot without mass: all inputs hidden, or eps = 0, none near. scale: D^-1/2.
     impl: "triton" runs the kernel, whose tiles hold D <= 512, 256, 128, 64 for S <= 16, 32, 64, 128 (half in
-    fp32), or says why it cannot; "auto" runs it where it can and the same formulas in PyTorch elsewhere;
-    "reference" is plain autograd, the one with second derivatives. Autocast casts as it would for a matmul.
+    fp32, a quarter in fp64), or says why it cannot; "auto" runs it where it can, the same formulas in PyTorch
+    elsewhere; "reference" is plain autograd, with second derivatives. Autocast casts as for a matmul.
     """
     kind = q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -239,7 +238,7 @@ def slot_attention(q, k, v, mask=None, slot_mask=None, eps=1e-8, scale=None, map
         raise ValueError(f"eps must be in [0,1] and scale positive, got {eps} and {scale}")
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
-    fits = S <= 128 and D <= 512 >> (S > 16) + (S > 32) + (S > 64) + (q.dtype.itemsize > 2)
+    fits = S <= 128 and D <= 1024 // q.dtype.itemsize >> (S > 16) + (S > 32) + (S > 64)
     if impl == "triton" and not (fits and kind in DEVICES):
         why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
         raise (RuntimeError(f'impl="triton" cannot run on {kind}: {why}') if fits else

@@ -341,8 +341,10 @@ def test_errors(a, b, scale, impl, words):
 
 
 def test_dtypes_must_agree():
-    with pytest.raises(ValueError, match="one dtype, got .* torch.float32 and .* torch.float16"):
+    with pytest.raises(ValueError, match="one dtype and device, got .* torch.float32 and .* torch.float16"):
         clip_loss(unit(4, 3).float(), unit(4, 3).half(), 1.)
+    with pytest.raises(ValueError, match="one dtype and device, got .* meta"):
+        clip_loss(unit(4, 3), unit(4, 3).to("meta"), 1.)
 
 
 def test_triton_where_it_cannot_run():

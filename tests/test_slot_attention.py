@@ -188,7 +188,7 @@ def test_one_input():
 def test_one_slot():
     """S=1: it has all the mass of every input, so u is the mean of v."""
     q, k, v = slots(2, 1, 33, 5)
-    u, a, dq, dk, dv = run(partial(kernel, maps=True), [q, k, v], [torch.ones_like(q), torch.zeros(2, 1, 33)])
+    u, a, dq, dk, dv = run(partial(kernel, maps=True), [q, k, v], [torch.ones_like(q), k.new_zeros(2, 1, 33)])
     close(u, v.mean(1, keepdim=True))
     assert (a == 1).all() and not dq.any() and not dk.any()
     close(dv, torch.full_like(v, 1 / 33))
@@ -469,7 +469,8 @@ def test_autocast(low, impl):
 
 
 @pytest.mark.parametrize("S, D, dtype", [(129, 4, torch.float32), (16, 513, torch.float16),
-                                         (17, 129, torch.float32), (65, 65, torch.bfloat16)])
+                                         (17, 129, torch.float32), (65, 65, torch.bfloat16),
+                                         (17, 65, torch.float64)])
 def test_beyond_the_tiles(S, D, dtype):
     """"triton" says so, "auto" is the reference; one slot or column less and the kernel runs."""
     q, k, v = slots(1, S, 3, D, dtype=dtype)

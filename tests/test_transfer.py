@@ -342,6 +342,7 @@ def test_a_tenth_of_the_labels_for_every_method_of_the_first_table(lessons, monk
     (root / "runs/mae-toys-seed2/encoder.pt").touch()
     module.tenth(["--seed", "2"])
     names = [name for group, name in module.grouped() if group not in ("Objects", "With labels, the bound")]
+    names.remove("video_colorization")
     trained, tuned = ([w for w in ran if ("transfer" in w[0]) == which] for which in (False, True))
     assert trained == [[f"methods/{name}.py", "--seed", "2"] for name in names if name != "mae"]
     assert ["--scratch" in words for words in tuned] == [False, True] * len(names)
@@ -349,7 +350,7 @@ def test_a_tenth_of_the_labels_for_every_method_of_the_first_table(lessons, monk
         cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
         own = common.Config(data=load(name).Config().data, seed=2, out=str(root))
         assert cfg.run == f"runs/{common.Run(own, ROOT / f'methods/{name}.py').folder.name}"
-        assert (cfg.data == "toys:n=20000") == (name == "video_colorization") and cfg.labels == .1
+        assert cfg.labels == .1
         assert cfg.lr == (.003 if load(name).Config().encoder == "resnet_small" else .001)
     ran.clear()
     module.tenth(["--seed", "2"])
