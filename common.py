@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from kernels.batchnorm import SyncBatchNorm
 from kernels.encoders import create_encoder, load_weights, read_checkpoint
-from kernels.evaluation import knn, linear_probe, spread
+from kernels.evaluation import knn, linear_probe, percent, spread
 from kernels.lars import LARS
 from kernels.toys import CLASSES, toys
 from kernels.views import normalise
@@ -72,8 +72,10 @@ class Config:
     resume: bool = False           # go on from this run's last checkpoint
     save_every: int = 0            # steps between checkpoints; 0 makes ten in a run
 
-POSITIVE = "steps batch_size image_size lr tau layers depth width dim heads k cell square patch first".split()
-BELOW_ONE, SHARES = ("momentum", "beta2", "warmup"), ("crop", "crop_max", "crop_local", "labels", "dropout")
+POSITIVE = """steps batch_size image_size lr tau tau_s tau_t tau_t_end eps layers depth width hidden dim heads
+    k cell square patch first size size_local splits rounds grid stride mask_ratio ratio hide""".split()
+SHARES = "crop", "crop_max", "crop_local", "labels", "dropout", "m", "ratio", "share", "keep", "adversarial"
+BELOW_ONE = "momentum", "beta2", "warmup", "mask_ratio", "hide", "smoothing"
 MAY_CHANGE = "resume", "save_every", "device", "data_dir", "out"  # what may differ when a run is resumed
 
 def parse(config, paper: dict, argv: list[str] | None = None):
@@ -139,12 +141,12 @@ def load_data(cfg: Config, device="cpu") -> Data:
 def toy_switches(text: str) -> dict:
     """'sky,rho=0' -> {'sky': True, 'rho': 0.}, typed as the defaults of toys() are."""
     switches = {}
-    known = {k: p.default for k, p in inspect.signature(toys).parameters.items()}
+    known = {k: p.default for k, p in inspect.signature(toys).parameters.items() if k != "size"}
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         try:
             switches[name] = type(known[name])(float(value or 1))
-            if not (name in ("n", "size", "objects", "frames")) <= switches[name] < 2 ** 63:
+            if not (name in ("n", "objects", "frames")) <= switches[name] < 2 ** 63:
                 raise ValueError
         except (KeyError, ValueError, OverflowError):
             fail(f"--data toys:{part} is no switch of toys with a number; there are {', '.join(known)}")
@@ -224,15 +226,16 @@ def folder(root: Path, size: int) -> Data:
         fail(f"no images in {root}: give --data folder:PATH of images, or of a folder of images per class")
     with ProcessPoolExecutor() as pool:
         found = pool.map(partial(decode, size=size), files, chunksize=16)
-        bar = tqdm(found, "decoding", len(files), leave=False)
-        decoded = dict(zip(files, bar, strict=True))
+        decoded = dict(zip(files, tqdm(found, "decoding", len(files), leave=False), strict=True))
     broken = {f: why for f, why in decoded.items() if isinstance(why, str)}
     print(*(f"skipped a broken image: {f} ({why})\n" for f, why in broken.items()), sep="", end="")
     if len(broken) > len(files) / 100:
         fail(f"{len(broken)} of {len(files)} images in {root} are broken, more than 1 %: mend or remove them")
     parts = [f.relative_to(root).parts for f in files if f not in broken]  # (split?, class, ..., name)
-    split = {p[0] for p in parts} in ({"train", "val"}, {"train", "test"}, {"train", "val", "test"})
+    split = (tops := {p[0] for p in parts}) in ({"train", "val"}, {"train", "test"}, {"train", "val", "test"})
     test = torch.tensor([p[0] != "train" if split else i % 10 == 9 for i, p in enumerate(parts)])
+    if not split and {t.lower() for t in tops} <= {"train", "val", "valid", "test", "unlabeled"}:
+        fail(f"{root} has {sorted(tops)}: give train/ and val/ or test/, or one of these folders by itself")
     classes = tuple(sorted({p[split] for p in parts if len(p) > 1 + split}))
     if len(classes) > 1 and (stray := [p for p in parts if len(p) == 1 + split]):
         fail(f"{root.joinpath(*stray[0])} lies in no class folder, as other images do: move it")
@@ -317,9 +320,6 @@ class Cells(nn.Module):
         cells = [F.adaptive_avg_pool2d(a, 2).flatten(1) for a in self.encoder.layers(x)]
         self.widths = [c.shape[1] for c in cells]
         return torch.cat(cells, 1)
-
-def percent(predicted: Tensor, y: Tensor) -> float:
-    return round(100 * (predicted == y).double().mean().item(), 2)
 
 def probe(x: Tensor, x_test: Tensor, data: Data) -> dict[str, float]:
     """The one protocol for all: k-NN and linear accuracy in percent of features x [N,D], x_test [M,D]."""
@@ -594,7 +594,7 @@ def save_curves(path: Path, log_file: Path, reference: dict[str, float]) -> None
 def save_neighbours(path: Path, encoder: nn.Module, data: Data, rows: int = 6) -> None:
     """Test images beside their seven nearest training images in feature space."""
     bank, query = features(encoder, data.images), features(encoder, data.test_images[:rows])
-    nearest = (F.normalize(query, dim=1) @ F.normalize(bank, dim=1).T).topk(7).indices  # [rows,7]
+    nearest = (F.normalize(query, dim=1) @ F.normalize(bank, dim=1).T).topk(min(7, len(bank))).indices
     save_grid(path, {f"test image {i}": torch.cat([data.test_images[i:i + 1], data.images[nearest[i]]])
                      for i in range(len(query))},
               "test images, and the training images nearest in feature space")

@@ -17,6 +17,11 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float =
     return torch.cat(predictions)
 
 
+def percent(predicted: Tensor, y: Tensor) -> float:
+    """How many of the classes [N] are told right, in %."""
+    return round(100 * (predicted == y).double().mean().item(), 2)
+
+
 def some_of_each_class(labels: Tensor, share: float) -> Tensor:
     """Indices [n] of a random share of each class, at least one of it, ascending."""
     parts = [(labels == y).nonzero()[:, 0] for y in labels.unique().tolist()]

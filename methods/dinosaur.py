@@ -100,11 +100,11 @@ def build(cfg):
 
 def pretrained(cfg):                                             # -> the file with the encoder's weights
     file = Path(cfg.out).expanduser() / f"dino-toys-grey-seed{cfg.seed}/encoder.pt"
-    if cfg.encoder != Config.encoder or not file.exists():
+    if not (own := cfg.encoder == Config.encoder) or not file.exists():
         cmd = [sys.executable, Path(__file__).with_name("dino.py")]
         cmd += [f"--{key}={getattr(cfg, key)}" for key in ("seed", "out", "device")]
-        if cfg.encoder != Config.encoder or common.world() > 1 or subprocess.run(cmd, check=False).returncode:
-            common.fail(f"dino.py has trained no {cfg.encoder}: run it by itself, or give one with --weights")
+        if not own or common.world() > 1 or subprocess.run(cmd, check=False).returncode:
+            common.fail(f"dino.py has trained no {cfg.encoder}: give it by --weights" + ", or run it" * own)
     return str(file)
 
 

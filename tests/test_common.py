@@ -82,8 +82,13 @@ def test_bad_flags_are_named(argv, why, capsys):
 
 @pytest.mark.parametrize("method, argv, why", [
     ("dino", "--crop .3 --crop_local .4", "--crop_local 0.4 is above --crop 0.3"),
-    ("obow", "--crop .9 --crop_max .5", "--crop 0.9 is above --crop_max 0.5")])
-def test_crops_that_contradict_each_other(method, argv, why, capsys):
+    ("obow", "--crop .9 --crop_max .5", "--crop 0.9 is above --crop_max 0.5"),
+    ("mae", "--mask_ratio 0", "--mask_ratio is 0.0: give a number above 0, below 1"),
+    ("simmim", "--mask_ratio 1.1", "--mask_ratio is 1.1"),
+    ("byol", "--m 2", "--m is 2.0: give a number from 0 to 1"),
+    ("beit", "--ratio 2", "--ratio is 2.0"), ("dino", "--tau_t 0", "--tau_t is 0.0: give a number above 0"),
+    ("simclr", "--hidden 0", "--hidden is 0"), ("slot_attention", "--rounds 0", "--rounds is 0")])
+def test_flags_of_a_method_out_of_range(method, argv, why, capsys):
     module = importlib.import_module(f"methods.{method}")
     with pytest.raises(SystemExit) as e:
         parse(module.Config, module.PAPER, argv.split())
@@ -357,6 +362,55 @@ def test_folder_without_images(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "notes.txt"):
         assert f"no images in {path}" in stops(common.folder, path, 8)
+
+
+@pytest.mark.parametrize("names", [("train", "valid"), ("Train", "Val"), ("train",),
+                                   ("train", "test", "unlabeled")])
+def test_a_folder_of_parts_by_other_names_is_not_one_of_classes(names, tmp_path):
+    for name in names:
+        for kind in "ab":
+            (tmp_path / name / kind).mkdir(parents=True)
+            for i in range(6):
+                shade(tmp_path / name / kind / f"{i}.png", i)
+    assert "give train/ and val/ or test/" in stops(common.folder, tmp_path, 8)
+    assert common.folder(tmp_path / names[0], 8).classes == ("a", "b")
+
+
+def test_the_side_of_toys_is_that_of_the_images():
+    assert "toys:size=64 is no switch" in stops(load_data, Flags(data="toys:n=20,size=64"))
+
+
+def test_neighbours_of_few_images(tmp_path):
+    data = load_data(Flags(data="toys:n=5", image_size=16))
+    common.save_neighbours(tmp_path / "x.png", torch.nn.Flatten(), data)
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_the_probe_names_k_nn_and_linear_rightly():
+    """Two classes by the sign of x y: the nearest tell them, no line does."""
+    x = torch.randn(900, 2)
+    y = (x.prod(1) > 0).long()
+    found = common.probe(x[:600], x[600:], common.Data(x, y[:600], x, y[600:], ("a", "b")))
+    assert found["knn"] > 90 and found["linear"] < 70
+
+
+def test_steps_deal_each_image_of_a_batch_to_one_process(monkeypatch):
+    """Of two: parts of one batch, all images once an epoch, in another order, and other draws each time."""
+    cfg, dealt, drawn = common.Config(batch_size=8), [], []
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common.dist, "all_reduce", lambda *args: None)
+    for rank in range(2):
+        monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
+        run = common.Run.__new__(common.Run)
+        vars(run).update(cfg=cfg, name="x", first=0, total=99, per_epoch=5, seconds=0., save=lambda: None,
+                         device=torch.device("cpu"))
+        steps = run.steps(40)
+        mine = [(index, torch.rand(1).item()) for (_, index), _ in zip(steps, range(10), strict=False)]
+        dealt.append(torch.stack([index for index, _ in mine]))  # [10,4]
+        drawn += [x for _, x in mine]
+    both = torch.cat(dealt, 1)                                   # [10,8]
+    assert all(epoch.flatten().sort().values.equal(torch.arange(40)) for epoch in both.split(5))
+    assert not both[:5].equal(both[5:]) and len(set(drawn)) == 20
 
 
 def test_folder_with_an_image_beside_the_classes(tmp_path):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from running import load, train
 from torch import nn
 
+from common import cosine
 from kernels.encoders import create_encoder
 from kernels.prototype_ce import prototype_ce
 
@@ -189,6 +190,31 @@ def test_prototypes_are_frozen_then_trained_and_a_typo_is_named(tmp_path, monkey
     assert moved == [False, False, True, True]
     with pytest.raises(SystemExit, match="--mask attmask is unknown: give one of random block attmask_high"):
         ibot.build(ibot.Config(mask="attmask"))
+
+
+def test_schedules_and_the_teacher_that_moves(tmp_path, monkeypatch):
+    """Weight decay and m rise by a cosine, the temperature in a part of the run; what is kept moves."""
+    decay, taus, ms, kept, step = [], [], [], [], torch.optim.AdamW.step
+    loss, update = ibot.IBOT.forward, ibot.IBOT.update_teacher
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (
+        decay.append([g["weight_decay"] for g in self.param_groups]), step(self, *a)))
+    monkeypatch.setattr(ibot.IBOT, "forward", lambda self, *v, tau_t: (
+        taus.append(tau_t) or loss(self, *v, tau_t=tau_t)))
+
+    def spy(self, m):
+        ms.append(m)
+        update(self, m)
+        kept.append(next(self.encoder.parameters()).detach().clone())
+
+    monkeypatch.setattr(ibot.IBOT, "update_teacher", spy)
+    flags = "--steps 8 --m .9 --tau_t .04 --tau_t_end .08 --rise .5 --freeze 0 --lr .01"
+    train("ibot", tmp_path, monkeypatch, *QUICK, *flags.split(), images=16)
+    rise = [cosine(i, 8, ibot.Config.weight_decay, ibot.Config.decay_end) for i in range(8)]
+    assert [d[0] for d in decay] == pytest.approx(rise)
+    assert decay[-1][0] > 2 * decay[0][0] and all(d[1] == 0 for d in decay)
+    assert taus == pytest.approx([.04, .05, .06, .07] + 4 * [.08])
+    assert ms == pytest.approx([cosine(i, 8, .9, 1.) for i in range(8)]) and ms[-1] > .99
+    assert not kept[0].equal(kept[1]) and not kept[1].equal(kept[3])
 
 
 def test_picture():

@@ -118,7 +118,42 @@ def test_exemplars_stem_is_that_of_its_patches():
         assert encoder.layers(torch.zeros(1, 3, 32, 32))[-1].shape[2:] == (4, 4)
 
 
+@pytest.mark.parametrize("name", "simclr moco byol simsiam swav barlow_twins vicreg dino ibot".split())
+def test_two_views_of_an_image_are_two(name, tmp_path, monkeypatch):
+    """The model is given two views of one size, each drawn by itself."""
+    module, seen = load(name), []
+    build = module.build
+
+    def hooked(cfg):
+        method = build(cfg)
+        method.register_forward_pre_hook(lambda m, views: seen.append(views))
+        return method
+
+    monkeypatch.setattr(module, "build", hooked)
+    train(name, tmp_path, monkeypatch, "--steps", "1", images=32)
+    v1, v2 = seen[0][:2]
+    assert v1.shape == v2.shape and (v1 != v2).flatten(1).any(1).all()
+
+
+def test_flags_reach_the_loss():
+    simclr, vicreg, barlow, mae = (load(x) for x in ("simclr", "vicreg", "barlow_twins", "mae"))
+    method = simclr.build(simclr.Config(hidden=24, dim=12, tau=.3))
+    widths = [p.shape for p in method.projector.parameters() if p.ndim > 1]
+    assert method.tau == .3 and widths[0][0] == 24 and widths[-1] == (12, 24)
+    config = vicreg.Config(invariance=1., variance=2., covariance=3.)
+    assert vicreg.build(config).weights == (1, 2, 3) and barlow.build(barlow.Config(lam=.7)).lam == .7
+    _, mask = mae.build(mae.Config(mask_ratio=.25)).reconstruct(torch.randn(2, 3, 32, 32))
+    assert mask.float().mean() == .25
+
+
 # ---- supervised, rotnet
+
+def test_supervised_predicts_with_the_statistics_of_training():
+    method, x = load("supervised").build(load("supervised").Config()), torch.randn(6, 3, 32, 32)
+    method.encoder.bn1.running_mean += 1                         # unlike those of any batch
+    told = method.eval().classifier(method.encoder(x)).argmax(1)
+    assert method.train().predict(x).equal(told) and method.train().predict(x[:1]).equal(told[:1])
+
 
 def test_rotnet_turns_counter_clockwise_without_interpolation():
     x = torch.arange(16.).view(1, 1, 4, 4).expand(2, 3, 4, 4)

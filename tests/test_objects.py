@@ -112,8 +112,10 @@ def test_dino_trains_the_encoder_once_and_its_failure_is_told(name, tmp_path, mo
     assert file == module.pretrained(cfg) and Path(file).exists() and len(ran) == 1
     assert ran[0][0] == Path(dino.__file__) and "--seed=3" in ran[0]
     status = 1
-    with pytest.raises(SystemExit, match="dino.py has trained no encoder"):
+    with pytest.raises(SystemExit, match="no vit_micro/8: give it by --weights, or run it"):
         module.pretrained(module.Config(seed=4, out=str(tmp_path)))
+    with pytest.raises(SystemExit, match="dino.py has trained no vit_base/16: give it by --weights$"):
+        module.pretrained(module.Config(encoder="vit_base/16", seed=3, out=str(tmp_path)))
 
 
 @pytest.mark.parametrize("decoder", ["mlp", "autoregressive"])
