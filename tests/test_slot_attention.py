@@ -105,7 +105,8 @@ def test_three_way(B, shape, N, seed, scale, kind, BN, masked, maps, dtype):
 @pytest.mark.parametrize("S, D", [(7, 130), (40, 20), (100, 9)])
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])
 def test_tiles_of_the_table(S, D, dtype):
-    three_way(slots(2, S, 70, D, dtype=dtype), maps=True)
+    """In fp64 the widest have 128 columns."""
+    three_way(slots(2, S, 70, min(D, 128) if dtype == torch.float64 else D, dtype=dtype), maps=True)
 
 
 @pytest.mark.parametrize("dtype", [*LOW, torch.float64])
