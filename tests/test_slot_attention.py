@@ -24,7 +24,7 @@ kernel = partial(slot_attention, impl="triton")
 SHAPES = st.sampled_from([(1, 3), (2, 1), (3, 7), (7, 33), (11, 16), (15, 67), (16, 17), (17, 15), (24, 31),
                           (33, 2)])                               # S, D
 INPUTS = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 65, 70])               # N; from 65 on two programs
-BLOCKS = st.sampled_from([16, 32, 128])                           # BN
+BLOCKS = st.sampled_from([16, 32, 128 if DEVICE == "cpu" else 64])        # BN; a GPU holds no 128 in fp64
 SEEDS = st.integers(0, 2**16)
 close = partial(torch.testing.assert_close, rtol=1e-11, atol=1e-12)
 
