@@ -71,7 +71,7 @@ if triton:
         return x.to(dtype)
 
     @triton.jit
-    def _live(mask, b, row, n):                                   # int32: Triton 3.8 breaks on fp64 and bytes
+    def _live(mask, b, row, n):                                   # in fp64 int32: Triton 3.8 breaks on bytes
         return row < n if mask is None else (row < n) & (tl.load(mask + b * n + row, row < n, 1) == 0)
 
     @triton.jit
@@ -149,7 +149,7 @@ if triton:
 
     def _launch(kernel, extra, eps, scale, q, k, v, *rest):
         q, *rest = (None if x is None or not x.numel() else x.contiguous() for x in (q, *rest))
-        rest = (x.int() if x is not None and x.dtype == torch.bool else x for x in rest)
+        rest = (x.int() if x is not None and x.dtype == torch.bool and k.itemsize == 8 else x for x in rest)
         k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
         (B, S, D), N, strides = q.shape, k.shape[1], (*k.stride()[:2], *v.stride()[:2])
         parts = min(triton.cdiv(N, 64), triton.cdiv(PROGRAMS, B))

@@ -233,5 +233,5 @@ def test_spot_without_a_teacher_learns_by_reconstruction_alone(tmp_path, monkeyp
 @pytest.mark.parametrize("name", ["dinosaur", "spot"])
 def test_torchrun_is_refused_before_an_encoder_is_trained(name, tmp_path, monkeypatch):
     monkeypatch.setattr(load("common"), "world", lambda: 2)
-    with pytest.raises(SystemExit, match="run it by itself"):
+    with pytest.raises(SystemExit, match="give it by --weights, or run it"):
         load(name).pretrained(load(name).Config(out=str(tmp_path)))
