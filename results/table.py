@@ -42,6 +42,10 @@ GROUPS = {
     "Objects": "slot_attention dinosaur spot",                   # have no k-NN, and another table
     "With labels, the bound": "supervised"}
 
+# From scratch these networks are those of others to the bit, with the same data: one run stands for all.
+TWINS = {**dict.fromkeys("exemplar_cnn context_encoder moco simclr byol simsiam barlow_twins vicreg".split(),
+                         "rotnet"), "obow": "bownet", "ibot": "dino"}
+
 
 def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -137,9 +141,12 @@ def paper(papers, name):
 def tenth(file):
     """{method: [labels, fine-tuned, from scratch, frozen and probed]}, of those that have both runs."""
     rows, found = read(file), {}
+
+    def of(name, scratch):
+        start = f"--run runs/{name}-"
+        return [r for r in rows if start in r["command"] and ("--scratch" in r["command"]) == scratch]
     for _, name in grouped():
-        mine = [r for r in rows if f"--run runs/{name}-" in r["command"]]
-        tuned, scratch = ([r for r in mine if ("--scratch" in r["command"]) == x] for x in (False, True))
+        tuned, scratch = of(name, False), of(TWINS.get(name, name), True)
         if tuned and scratch:
             cells = [mean(r["accuracy"] for r in x) for x in (tuned, scratch)]
             found[name] = [f"{tuned[0]['labelled']:,}", *cells, mean(r["untrained"]["linear"] for r in tuned)]

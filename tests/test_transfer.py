@@ -1,6 +1,7 @@
 """Transfer: whose encoder it is, which labels it has, which layer learns how fast, what is probed."""
 import importlib
 import json
+import re
 
 import pytest
 import torch
@@ -347,12 +348,14 @@ def test_a_tenth_of_the_labels_for_every_method_of_the_first_table(lessons, monk
     names.remove("video_colorization")
     trained, tuned = ([w for w in ran if ("transfer" in w[0]) == which] for which in (False, True))
     assert trained == [[f"methods/{name}.py", "--seed", "2"] for name in names if name != "mae"]
-    assert ["--scratch" in words for words in tuned] == [False, True] * len(names)
-    for name, words in zip(names, tuned[::2], strict=True):
+    twins = importlib.import_module("table").TWINS
+    assert [re.search("runs/([a-z_]+)-", words[2])[1] for words in tuned if "--scratch" in words] == [
+        name for name in names if name not in twins]
+    for name, words in zip(names, [words for words in tuned if "--scratch" not in words], strict=True):
         cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
         own = common.Config(data=load(name).Config().data, seed=2, out=str(root))
         assert cfg.run == f"runs/{common.Run(own, ROOT / f'methods/{name}.py').folder.name}"
-        assert cfg.labels == .1
+        assert (cfg.labels, cfg.steps) == (.1, 900)
         assert cfg.lr == (.003 if load(name).Config().encoder == "resnet_small" else .001)
     ran.clear()
     module.tenth(["--seed", "2"])
@@ -360,6 +363,23 @@ def test_a_tenth_of_the_labels_for_every_method_of_the_first_table(lessons, monk
     table = importlib.import_module("table")
     lines = table.tenth_table(root / "results/variants-tenth.jsonl").splitlines()
     assert lines[2 + names.index("mae")] == "| MAE | 10 | 9.0 | 9.0 | 5.0 |"
+    assert len(lines[2:-3]) == len(names)                        # those with a twin have its row from scratch
+
+
+def test_twins_start_alike_on_the_same_data():
+    """So that one run from scratch stands for both: the rest of transfer.py knows the name of neither."""
+    from table import TWINS
+
+    def start(name):
+        module = load(name)
+        cfg = module.Config()
+        torch.manual_seed(1)                                     # as transfer.py does
+        return module.build(cfg).encoder.state_dict(), (cfg.data, cfg.image_size, cfg.encoder)
+
+    for name, other in TWINS.items():
+        (state, about), (twin, of_twin) = start(name), start(other)
+        assert about == of_twin and state.keys() == twin.keys()
+        assert all(torch.equal(p, twin[key]) for key, p in state.items())
 
 
 def test_the_lessons_draw_the_means_over_the_seeds(lessons, monkeypatch):
