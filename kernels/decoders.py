@@ -33,10 +33,15 @@ def frames(a: Tensor) -> tuple[Tensor, Tensor]:
         return centre, (w @ at.square() - centre.square() + .01).sqrt()
 
 
+def seen_from(centre: Tensor, spread: Tensor, places: Tensor) -> Tensor:
+    """Places [N,2] in each slot's frame [B,K,2], [B,K,2]: from the centre, in spreads, beyond four as four ->
+    quadratic [B,K,N,5]."""
+    return quadratic(((places - centre[:, :, None]) / spread[:, :, None]).clamp(-4, 4))
+
+
 class Broadcast(nn.Module):
-    """Slots [B,K,D] and their frames [B,K,2] -> colours and a logit of the mask [B,K,4,size,size]. Positions
-    count from the centre in spreads; beyond four they are as four. up: deconvolutions of 5 x 5 and stride 2;
-    with none, 1 x 1 on the grid, enlarged."""
+    """Slots [B,K,D] and their frames [B,K,2] -> colours and a logit of the mask [B,K,4,size,size]. up:
+    deconvolutions of 5 x 5 and stride 2; with none, 1 x 1 on the grid, enlarged."""
 
     def __init__(self, d, width, grid, up, size):
         super().__init__()
@@ -48,8 +53,7 @@ class Broadcast(nn.Module):
                                     nn.Conv2d(width, 4, 3 if up else 1, 1, int(up > 0)))
 
     def forward(self, s, centre, spread):
-        r = ((self.places - centre[:, :, None]) / spread[:, :, None]).clamp(-4, 4)       # [B,K,gg,2]
-        h = self.slot(s)[:, :, None] + self.position(quadratic(r))       # [B,K,gg,W]
+        h = self.slot(s)[:, :, None] + self.position(seen_from(centre, spread, self.places))     # [B,K,gg,W]
         h = h.flatten(0, 1).mT.unflatten(2, (self.grid, self.grid))      # [BK,W,g,g]
         out = F.interpolate(self.layers(h), self.size, mode="bilinear")  # [BK,4,S,S]
         return out.unflatten(0, s.shape[:2])
@@ -58,7 +62,7 @@ class Broadcast(nn.Module):
 class MLP(nn.Module):
     """Slots [B,K,D] -> features [B,N,C], masks [B,K,N] that sum to 1 over the slots. A slot is added
     to a learned position of each patch; three hidden layers tell its features and its logit there. relative:
-    to the patch's position from the slot's centre [B,K,2] as well (2302.04973)."""
+    to the patch's position in the slot's frame, two [B,K,2], as well (2302.04973)."""
 
     def __init__(self, d, c, n, hidden, relative=False):
         super().__init__()
@@ -69,10 +73,10 @@ class MLP(nn.Module):
         layers = [f for a, b in zip(widths, widths[1:], strict=False) for f in (nn.Linear(a, b), nn.ReLU())]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden, c + 1))
 
-    def forward(self, s, h=None, order=0, centre=None):          # the target h is not looked at
+    def forward(self, s, h=None, order=0, frame=None):           # the target h is not looked at
         at = self.positions                                      # [1,1,N,D]
         if self.relative:
-            at = at + self.relative(quadratic(self.places - centre[:, :, None]))         # [B,K,N,D]
+            at = at + self.relative(seen_from(*frame, self.places))      # [B,K,N,D]
         out = self.layers(s[:, :, None] + at)                    # [B,K,N,C+1]
         masks = out[..., -1].softmax(1)                          # [B,K,N]
         return torch.einsum("bknc,bkn->bnc", out[..., :-1], masks), masks
@@ -138,7 +142,7 @@ class Autoregressive(nn.Module):
         if parallel:
             self.token = nn.Parameter(torch.randn(1, n, c) * .02)        # mask token and positions in one
 
-    def forward(self, s, h, order=0, centre=None):
+    def forward(self, s, h, order=0, frame=None):
         i, memory = self.orders[order], self.memory(s)           # [N], [B,K,C]
         if self.parallel:
             x = self.token.expand(len(h), -1, -1)[:, i]          # [B,N,C]

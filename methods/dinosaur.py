@@ -14,7 +14,7 @@ Run      python methods/dinosaur.py
          mBO .38 ± .01 (untrained .11, blocks .22, k-means of h .36), ARI .56 ± .01 (-.02, .04, .55), FG-ARI
          .33 ± .01 (.06, .39, .28); 60 s on 2 cores, after dino.py's own run
 Differs  the encoder is dino.py's small ViT of single toys, or --weights; features are told normalised, unless
-         --no-norm; mlp has positions from each slot's centre, too (2302.04973), unless --no-relative; a
+         --no-norm; mlp has positions in each slot's frame, too (2302.04973), unless --no-relative; a
          cosine, not halving; no flips; AdamW; autoregressive: no bias in attention, a last norm.
 """
 import subprocess
@@ -37,7 +37,7 @@ from kernels.views import normalise
 
 @dataclass
 class Config(common.Config):
-    data: str = "toys:objects=3,jitter=1,small=.5,large=.6,grey,n=6000"  # or folder:PATH
+    data: str = "toys:objects=3,jitter=1,small=.5,large=.6,grey,parts=0,n=6000"  # or folder:PATH
     encoder: str = "vit_micro/8"   # a ViT: vit_micro/8, vit_small/8, vit_base ...; see --weights
     pretrain: bool = True          # without --weights: take the one that dino.py has trained, or let it
     times: int = 2                 # the encoder sees the images enlarged so
@@ -50,7 +50,7 @@ class Config(common.Config):
     decoder: str = "mlp"           # mlp or autoregressive
     norm: bool = True              # tell each patch's features less their mean, over their deviation
     hidden: int = 128              # width of mlp
-    relative: bool = True          # mlp's positions count from the slot's centre, too
+    relative: bool = True          # mlp's positions count in the slot's frame, too
     depth: int = 1                 # blocks of autoregressive
     heads: int = 4                 # heads of autoregressive
 
@@ -62,7 +62,7 @@ PAPER = dict(data="folder:coco", image_size=224, encoder="vit_base/16", times=1,
 
 
 class Dinosaur(nn.Module):
-    """encoder: a ViT, which stays as it is. decoder: slots, h, centres -> h told [B,N,C], masks [B,K,N]."""
+    """encoder: a ViT, which stays as it is. decoder: slots, h, frames -> h told [B,N,C], masks [B,K,N]."""
 
     def __init__(self, encoder, decoder, k=4, d=64, rounds=3, times=1, norm=False):
         super().__init__()
@@ -79,7 +79,7 @@ class Dinosaur(nn.Module):
     def parts(self, x):                                # -> target, told [B,N,C], masks, attention [B,K,N]
         h = self.features(x)
         s, a = self.slots(self.mlp(h))                           # [B,K,D], [T,B,K,N]
-        told, masks = self.decoder(s, h, centre=frames(a[-1])[0])
+        told, masks = self.decoder(s, h, frame=frames(a[-1]))
         self.s = s.flatten(0, 1)                                 # [BK,D]
         return h, told.float(), masks, a[-1]
 

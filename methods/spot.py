@@ -46,7 +46,7 @@ from kernels.views import normalise
 
 @dataclass
 class Config(common.Config):
-    data: str = "toys:objects=3,jitter=1,small=.5,large=.6,grey,n=6000"  # or folder:PATH
+    data: str = "toys:objects=3,jitter=1,small=.5,large=.6,grey,parts=0,n=6000"  # or folder:PATH
     encoder: str = "vit_micro/8"   # a ViT: vit_micro/8, vit_small/8, vit_base ...; see --weights
     pretrain: bool = True          # without --weights: take the one that dino.py has trained, or let it
     times: int = 2                 # the encoder sees the images enlarged so
@@ -64,7 +64,7 @@ class Config(common.Config):
     permutations: bool = True      # autoregressive: one of nine orders a step; else row by row
     norm: bool = True              # tell each patch's features less their mean, over their deviation
     hidden: int = 128              # width of mlp
-    relative: bool = True          # mlp's positions count from the slot's centre, too
+    relative: bool = True          # mlp's positions count in the slot's frame, too
     depth: int = 1                 # blocks of autoregressive
     heads: int = 4                 # heads of autoregressive
 
@@ -85,7 +85,7 @@ class AutoEncoder(nn.Module):
 
     def forward(self, x, h, order=0):
         self.s, a = self.slots(self.mlp(x))                      # [B,K,D], [T,B,K,N]
-        told, masks = self.decoder(self.s, h, order, frames(a[-1])[0])
+        told, masks = self.decoder(self.s, h, order, frames(a[-1]))
         return told.float(), masks, a[-1]
 
 
@@ -142,7 +142,7 @@ class SPOT(nn.Module):
         (h, x), found = self.features(v), {}
         for who, net, inputs in (("teacher", self.teacher, h), ("student", self.student, x)):
             s, a = net.slots(net.mlp(inputs))                    # the same slots for all orders
-            masks = [net.decoder(s, h, order, frames(a[-1])[0])[1] for order in range(orders)]
+            masks = [net.decoder(s, h, order, frames(a[-1]))[1] for order in range(orders)]
             found |= {f"A_DEC, {who}": torch.stack(masks).mean(0), f"A_SLOT, {who}": a[-1]}
         return found
 
@@ -152,7 +152,7 @@ def gradient_norms(net, x, h, order):                            # [B,N,C] each 
     with torch.no_grad():
         s, a = net.slots(net.mlp(x))
     s.requires_grad_(True)
-    error = (net.decoder(s, h, order, frames(a[-1])[0])[0] - h).square().mean(2).sum(0)    # [N]
+    error = (net.decoder(s, h, order, frames(a[-1]))[0] - h).square().mean(2).sum(0)    # [N]
     grads = [torch.autograd.grad(e, s, retain_graph=True)[0].flatten(1).norm(dim=1).mean() for e in error]
     return torch.stack(grads)
 

@@ -182,7 +182,7 @@ def objects(seeds):
     """SPOT's decoders by reconstruction alone, on one and the same frozen encoder; SPOT on other encoders;
     both stages with the paper's decoder, also for longer."""
     file = ROOT / "results/variants-spot.jsonl"
-    scenes = "toys-objects=3-jitter=1-small=.5-large=.6-grey-n=6000"
+    scenes = "toys-objects=3-jitter=1-small=.5-large=.6-grey-parts=0-n=6000"
     for seed in seeds[1:] or ["0", "1", "2"]:
         def spot(*flags, seed=seed):
             once(["methods/spot.py", *flags, "--seed", seed], file, f"spot-{scenes}-seed{seed}")

@@ -26,8 +26,8 @@ PICTURES = dict(                                                 # of the runs w
     beit="beit-toys-seed0/words", simmim="simmim-toys-seed0/reconstructions",
     slot_attention="slot_attention-toys-objects=3-jitter=1-small=.4-grey-parts=0-seed0/slots",
     slots_apart="slot_attention-toys-objects=3-apart=.8-small=.4-grey-parts=0-seed0/slots",
-    dinosaur="dinosaur-toys-objects=3-jitter=1-small=.5-large=.6-grey-n=6000-seed0/slots",
-    spot="spot-toys-objects=3-jitter=1-small=.5-large=.6-grey-n=6000-seed0/slots",
+    dinosaur="dinosaur-toys-objects=3-jitter=1-small=.5-large=.6-grey-parts=0-n=6000-seed0/slots",
+    spot="spot-toys-objects=3-jitter=1-small=.5-large=.6-grey-parts=0-n=6000-seed0/slots",
     pixelcnn="pixelcnn-toys-n=4000-noise=0-seed0/samples",
     igpt="igpt-toys-n=6000-noise=0-seed0/completions", igpt_layers="igpt-toys-n=6000-noise=0-seed0/layers",
     transfer="rotnet-toys-seed0/transfer-toys-seed0/places")

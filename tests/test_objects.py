@@ -75,7 +75,7 @@ def test_dinosaur_tells_the_last_block_before_its_norm_and_leaves_the_encoder_al
         tokens = block(tokens)
     h = method.features(v)
     assert torch.allclose(h, tokens[:, 1:], atol=1e-5) and not h.requires_grad
-    method.decoder.forward = lambda s, h, centre: (torch.zeros_like(h), torch.full((4, 3, 16), 1 / 3))
+    method.decoder.forward = lambda s, h, frame: (torch.zeros_like(h), torch.full((4, 3, 16), 1 / 3))
     assert method(v).item() == pytest.approx(h.square().mean().item(), rel=1e-5)
     method, _, _ = train("dinosaur", tmp_path, monkeypatch, "--steps", "2", "--no-pretrain")
     torch.manual_seed(0)

@@ -157,15 +157,22 @@ def test_mlp_mixes_each_slots_features_by_masks():
     assert torch.allclose(told[1], (alone * masks[1, :, :, None]).sum(0), atol=1e-6)
 
 
-def test_mlp_counts_from_the_centre_where_relative():
+def test_mlp_counts_in_the_slots_frame_where_relative():
+    """A centre one cell of four to the right: the same, one cell further; half the spread: as from twice as
+    far."""
     torch.manual_seed(0)
     net, s = MLP(6, 5, 16, 16, relative=True), torch.randn(2, 4, 6)
-    centre = torch.zeros(2, 4, 2)
+    centre, spread = torch.zeros(2, 4, 2), torch.ones(2, 4, 2)
     with torch.no_grad():
         net.positions.zero_()                                    # what is left moves along with the centre
-    at, moved = (net(s, centre=c)[0].unflatten(1, (4, 4)) for c in (centre, centre + torch.tensor([.5, 0.])))
-    assert torch.allclose(moved[:, :, 1:], at[:, :, :-1], atol=1e-6)     # a cell of four to the right
-    assert not torch.allclose(moved, at)
+
+    def told(*frame):
+        return net(s, frame=frame)[0].unflatten(1, (4, 4))       # [2,4,4,C]
+    at, moved = told(centre, spread), told(centre + torch.tensor([.5, 0.]), spread)
+    assert torch.allclose(moved[:, :, 1:], at[:, :, :-1], atol=1e-6) and not torch.allclose(moved, at)
+    far, near = told(centre + .25, spread), told(centre + .25, spread * torch.tensor([.5, 1.]))
+    assert torch.allclose(near[:, :, 1], far[:, :, 0], atol=1e-6)        # at -.25 as at -.75: from .25
+    assert not torch.allclose(near, far)
 
 
 def test_frames():
