@@ -72,10 +72,10 @@ class Config:
     resume: bool = False           # go on from this run's last checkpoint
     save_every: int = 0            # steps between checkpoints; 0 makes ten in a run
 
-POSITIVE = """steps batch_size image_size lr tau tau_s tau_t tau_t_end eps layers depth width hidden dim heads
-    k cell square patch first size size_local splits rounds grid stride mask_ratio ratio hide""".split()
-SHARES = "crop", "crop_max", "crop_local", "labels", "dropout", "m", "ratio", "share", "keep", "adversarial"
-BELOW_ONE = "momentum", "beta2", "warmup", "mask_ratio", "hide", "smoothing"
+POSITIVE = ("steps|.*(size|dim|heads).*|lr.*|tau.*|eps|layers|depth|width|hidden|k|cells?|square|patch|first|"
+            "splits|rounds|grid|stride|(mask_)?ratio|hide|classes|orders|kernel|times|prototypes|colours")
+SHARES = "crop(_max|_local)?|labels|dropout|m|ratio|share|keep|adversarial|blur|solarise|rise|freeze|decay"
+BELOW_ONE = "momentum|beta2|warmup|mask_ratio|hide|smoothing"
 MAY_CHANGE = "resume", "save_every", "device", "data_dir", "out"  # what may differ when a run is resumed
 
 def parse(config, paper: dict, argv: list[str] | None = None):
@@ -96,12 +96,12 @@ def parse(config, paper: dict, argv: list[str] | None = None):
     given = {k: v for k, v in vars(given).items() if v is not None}
     start = (paper if given.pop("paper") else {}) | (dict(epochs=0.) if "steps" in given else {})
     cfg = config(**(start | given))
-    for name in (f.name for f in fields(cfg) if f.type in (int, float)):
-        value, above, share = getattr(cfg, name), name in POSITIVE, name in SHARES
-        limit = 1 if share or name in BELOW_ONE else 2 ** 63 if isinstance(value, int) else math.inf
+    for name, value in ((f.name, getattr(cfg, f.name)) for f in fields(cfg) if f.type in (int, float)):
+        above, share, below = (bool(re.fullmatch(x, name)) for x in (POSITIVE, SHARES, BELOW_ONE))
+        limit = 1 if share or below else 2 ** 63 if isinstance(value, int) else math.inf
         if not (0 < value < limit or value == 0 and not above or value == 1 and share):
             parser.error(f"--{name} is {value}: give a number {'above' if above else 'from'} 0"
-                         + " to 1" * share + ", below 1" * (name in BELOW_ONE))
+                         + " to 1" * share + ", below 1" * below)
     for low, high in (("crop_local", "crop"), ("crop", "crop_max")):
         if getattr(cfg, low, 0) > getattr(cfg, high, 1):
             parser.error(f"--{low} {getattr(cfg, low)} is above --{high} {getattr(cfg, high)}")

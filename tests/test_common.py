@@ -87,7 +87,10 @@ def test_bad_flags_are_named(argv, why, capsys):
     ("simmim", "--mask_ratio 1.1", "--mask_ratio is 1.1"),
     ("byol", "--m 2", "--m is 2.0: give a number from 0 to 1"),
     ("beit", "--ratio 2", "--ratio is 2.0"), ("dino", "--tau_t 0", "--tau_t is 0.0: give a number above 0"),
-    ("simclr", "--hidden 0", "--hidden is 0"), ("slot_attention", "--rounds 0", "--rounds is 0")])
+    ("simclr", "--hidden 0", "--hidden is 0"), ("mae", "--decoder_heads 0", "--decoder_heads is 0"),
+    ("obow", "--crop_size 0", "--crop_size is 0"), ("swav", "--prototypes 0", "--prototypes is 0"),
+    ("vicreg", "--solarise 2", "--solarise is 2.0: give a number from 0 to 1"),
+    ("slot_attention", "--rounds 0", "--rounds is 0")])
 def test_flags_of_a_method_out_of_range(method, argv, why, capsys):
     module = importlib.import_module(f"methods.{method}")
     with pytest.raises(SystemExit) as e:
