@@ -244,6 +244,26 @@ def test_both_optimizers_step_and_are_saved(region, tmp_path, monkeypatch):
     assert log["d_loss"] > 0 and losses[-1] == pytest.approx(.999 * log["l2"], abs=.01)
 
 
+def test_both_optimizers_go_on_as_in_a_run_that_was_never_stopped(tmp_path, monkeypatch):
+    steps, flags = C.Run.steps, ("--steps", "4", "--adversarial", ".1", "--warmup", "0")
+    whole, _, _ = train("context_encoder", tmp_path / "whole", monkeypatch, *flags, images=16)
+
+    def stop(self, n):
+        for i, item in enumerate(steps(self, n)):
+            yield item
+            if i == 1:
+                self.save()
+                return
+
+    monkeypatch.setattr(C.Run, "steps", stop)
+    train("context_encoder", tmp_path, monkeypatch, *flags, images=16)
+    monkeypatch.setattr(C.Run, "steps", steps)
+    again, losses, _ = train("context_encoder", tmp_path, monkeypatch, *flags, "--resume", images=16)
+    assert len(losses) == 2
+    for (name, p), q in zip(whole.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
 def test_without_its_weight_no_discriminator_and_the_mean_colour_is_the_data_s(tmp_path, monkeypatch):
     flags = "--adversarial", "0", "--steps", "1"
     net, losses, log = train("context_encoder", tmp_path, monkeypatch, *flags, images=16)
