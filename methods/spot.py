@@ -14,8 +14,8 @@ Good at: masks better than its teacher's. Not at: anything its encoder does not 
 networks, one after the other.
 
 Run      python methods/spot.py
-         A_DEC: mBO .37 ± .01 (its teacher .36 ± .02, untrained .11, blocks .22, k-means of h .36), FG-ARI
-         .36 ± .01 (.33 ± .02, .06, .39, .28), ARI .53 ± .01 (.51 ± .04, -.02, .04, .55); 78 s on 2 cores,
+         A_DEC: mBO .43 ± .02 (its teacher .41 ± .02, untrained .13, blocks .22, k-means of h .43), FG-ARI
+         .50 ± .01 (.44 ± .03, .09, .39, .40), ARI .51 ± .05 (.50 ± .06, -.02, .04, .54); 99 s on 2 cores,
          after dino.py's own run
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
          the quick run's decoder is the MLP, positions as in dinosaur.py, for the paper's takes twice the
