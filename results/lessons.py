@@ -9,8 +9,8 @@
     python results/lessons.py attmask [--seed K]      iBOT: what is hidden, of 5 to 100 % of the images
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
 
-Label efficiency and a tenth: 900 steps of 64 images, pre-trained or not; the rate is 3e-3 for ResNets, else
-1e-3, the same for all layers. Label efficiency probes layers and places, too, with a tenth of the labels.
+Label efficiency: 900 steps of 64 images, pre-trained or not; layers and places are probed, too, with a tenth
+of the labels. A tenth: 300 steps. The rate is 3e-3 for ResNets, else 1e-3, the same for all layers.
 Batch sizes: SimCLR's negatives are the rest of its batch, MoCo's are keys of earlier batches. Every run sees
 89,600 images; the rate goes with the square root of the batch size, as is usual with AdamW. What has been run
 is not run again.
@@ -142,9 +142,9 @@ def tenth(seeds):
                 continue
             if not (ROOT / run / "encoder.pt").exists():
                 subprocess.run([sys.executable, f"methods/{name}.py", "--seed", seed], cwd=ROOT, check=True)
-            more = ["--lr", "3e-3"] * cfg.encoder.startswith("resnet") + ["--steps", "900", "--no-probes"]
+            more = ["--lr", "3e-3"] * cfg.encoder.startswith("resnet")
             for scratch in [[], ["--scratch"]][:2 - (name in TWINS)]:
-                tune(["--run", run, *scratch], ".1", seed, file, *more)
+                tune(["--run", run, *scratch], ".1", seed, file, *more, "--no-probes")
 
 
 def draw_labels(rows, path):

@@ -355,7 +355,7 @@ def test_a_tenth_of_the_labels_for_every_method_of_the_first_table(lessons, monk
         cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
         own = common.Config(data=load(name).Config().data, seed=2, out=str(root))
         assert cfg.run == f"runs/{common.Run(own, ROOT / f'methods/{name}.py').folder.name}"
-        assert (cfg.labels, cfg.steps) == (.1, 900)
+        assert (cfg.labels, cfg.steps) == (.1, 300)
         assert cfg.lr == (.003 if load(name).Config().encoder == "resnet_small" else .001)
     ran.clear()
     module.tenth(["--seed", "2"])
