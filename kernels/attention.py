@@ -245,6 +245,6 @@ def attention(q, k, v, causal=False, padding=None, rows=None, scale=None, impl="
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')
     if impl == "reference":
         return attention_reference(q, k, v, causal, padding, rows, scale)
-    few, shift = q.new_empty(0, dtype=torch.int64) if rows is None else rows, k.shape[2] - causal * q.shape[2]
-    out, _, maps = _forward(q, k, v, padding, few.to(q.device), shift, scale or q.shape[3]**-.5)
+    few = q.new_empty(0, dtype=torch.int64) if rows is None else rows.to(q.device)
+    out, _, maps = _forward(q, k, v, padding, few, k.shape[2] - causal * q.shape[2], scale or q.shape[3]**-.5)
     return out if rows is None else (out, maps)

@@ -38,15 +38,25 @@ def as_on_a_laptop():
         yield
 
 
-def train(name, tmp_path, monkeypatch, *flags, images=64):
-    """Runs a method's own main() on one batch, without the evaluation. -> the method, its losses, its log"""
-    losses, seen, module = [], [], load(name)
+def train(name, tmp_path, monkeypatch, *flags, images=64, stop=0):
+    """Runs a method's own main() on one batch, without the evaluation. -> the method, its losses, its log.
+    stop: after so many steps the run is saved, and is over."""
+    losses, seen, module, steps = [], [], load(name), common.Run.steps
+
+    def some(self, n):
+        for i, item in enumerate(steps(self, n), 1):
+            yield item
+            if i == stop:
+                self.save()
+                return
+
     monkeypatch.setattr(common.Run, "finish", lambda self, **extra: seen.append(self) or {})
     monkeypatch.setattr(common, "probe", lambda *args: dict(knn=0., linear=0.))
     monkeypatch.setattr(common.Run, "finite", lambda self, loss: losses.append(loss.item()) or loss)
     data = module.Config.data + (":" if module.Config.data == "toys" else ",") + f"n={images}"
     argv = ["--data", data, "--batch_size", str(images), "--out", str(tmp_path), *flags]
-    with as_on_a_laptop():
+    with as_on_a_laptop(), monkeypatch.context() as patch:
+        patch.setattr(common.Run, "steps", some)
         module.main(common.parse(module.Config, module.PAPER, argv))
     return seen[0].method, losses, seen[0].last
 
