@@ -38,7 +38,7 @@ from kernels.views import normalise, views
 
 @dataclass
 class Config(common.Config):
-    run: str = ""                  # folder of a finished run: its encoder, and its data if --data names none
+    run: str = ""                  # folder of a finished run: its encoder and size, by default its data
     scratch: bool = False          # forget what --run has learned: the same network, untrained
     cls: bool = False              # without --run: a ViT's [CLS] token, not the mean of its patches
     labels: float = 1.             # share of the labelled images, of each class
@@ -66,10 +66,6 @@ class Transfer(nn.Module):
     def forward(self, v, y):                                     # [B,3,H,W], [B] -> loss
         self.h = self.encoder(v)                                 # [B,D]
         return F.cross_entropy(self.classifier(self.h), y, label_smoothing=self.smoothing)
-
-    @torch.no_grad()
-    def predict(self, x):                                        # [B,3,H,W], normalised -> classes [B]
-        return self.eval().classifier(self.encoder(x)).argmax(1)
 
 
 def build(cfg, encoder=None, classes=10):
@@ -104,11 +100,14 @@ def by_layer(method, decay, weight_decay):                       # -> parameter 
 
 def main(cfg):
     torch.manual_seed(cfg.seed)
+    if cfg.run and cfg.weights:
+        common.fail("--run and --weights are two networks: give one of them")
     encoder, source = pretrained(cfg.run, cfg.scratch) if cfg.run or cfg.scratch else (None, cfg)
-    if cfg.run:                                                  # its data, unless --data names others
-        cfg.out, cfg.weights = cfg.run, "" if cfg.scratch else f"{cfg.run}/encoder.pt"
-        cfg.encoder, cfg.data_dir, cfg.image_size = source.encoder, source.data_dir, source.image_size
-        cfg.data = source.data if cfg.data == Config.data else cfg.data
+    if cfg.run:                                                  # its data and folder where none are named
+        cfg.encoder, cfg.image_size = source.encoder, source.image_size
+        cfg.weights = "" if cfg.scratch else f"{cfg.run}/encoder.pt"
+        for name, own in dict(data=source.data, data_dir=source.data_dir, out=cfg.run).items():
+            setattr(cfg, name, own if getattr(cfg, name) == getattr(Config, name) else getattr(cfg, name))
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     if data.labels is None:
@@ -133,7 +132,7 @@ def main(cfg):
         optimizer.step()
         run.log(loss, h=method.h)
 
-    predicted = torch.cat([method.predict(normalise(x)) for x in data.test_images.split(500)])
+    predicted = method.classifier(common.features(method.encoder, data.test_images)).argmax(1)
     result = dict(labelled=len(chosen), accuracy=common.percent(predicted, data.test_labels))
     probes = cfg.probes and hasattr(method.encoder, "layers")
     if probes and masks is not None:
