@@ -236,8 +236,8 @@ def nt_xent(z: Tensor, tau: float, impl: str = "auto") -> Tensor:
     """
     if z.ndim != 2 or len(z) % 2 or not z.numel():
         raise ValueError(f"z must be [2N,D] with N, D >= 1, got {list(z.shape)}")
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, got {tau}")
+    if not tau > 0 or impl != "reference" and isinstance(tau, Tensor):
+        raise ValueError(f'tau must be positive, and a number unless impl="reference", got {tau}')
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and z.device.type not in DEVICES:

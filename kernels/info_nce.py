@@ -233,12 +233,12 @@ def info_nce(q: Tensor, k: Tensor, target: Tensor, tau: float, impl: str = "auto
         low = q.dtype if q.dtype == torch.float64 else torch.get_autocast_dtype(kind)
         with torch.autocast(kind, enabled=False):
             return info_nce(q.to(low), k.to(low), target.to(low) if own else target, tau, impl)
-    fits = k.shape == (len(k), q.shape[-1]) and target.shape == q.shape[:1 + own] and q.dtype == k.dtype
-    if q.ndim != 2 or not fits or not q.numel() * len(k):
-        raise ValueError("wanted q [B,D], k [M,D] of one dtype, target [B] or [B,D], B, M, D >= 1, got "
+    fits = k.shape[1:] == q.shape[1:] and target.shape == q.shape[:1 + own] and q.dtype == k.dtype
+    if q.ndim != 2 or not fits or not q.numel() * len(k) or not q.device == k.device == target.device:
+        raise ValueError("q [B,D], k [M,D] of one dtype, target [B] or [B,D], one device, B, M, D >= 1, got "
                          f"{[*q.shape]} {q.dtype}, {[*k.shape]} {k.dtype}, {[*target.shape]}")
-    if not tau > 0:
-        raise ValueError(f"tau must be positive, got {tau}")
+    if not tau > 0 or impl != "reference" and isinstance(tau, Tensor):
+        raise ValueError(f'tau must be positive, and a number unless impl="reference", got {tau}')
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and kind not in DEVICES:

@@ -238,8 +238,8 @@ def _loss(s, t, c, tau_s, tau_t, impl):
     if s.ndim != 2 or t.shape != s.shape or not s.shape[1] or c is not None and c.shape != s.shape[1:]:
         shapes = [list(x.shape) for x in (s, t, c) if x is not None]
         raise ValueError(f"student and teacher must be [R,K], the centre [K], with K >= 1, got {shapes}")
-    if not tau_s > 0 or tau_t is not None and not tau_t > 0:
-        raise ValueError(f"tau_s and tau_t must be positive, got {tau_s} and {tau_t}")
+    if not tau_s > 0 or not (tau_t is None or tau_t > 0) or impl != "reference" and isinstance(tau_s, Tensor):
+        raise ValueError(f'taus must be positive, and numbers unless impl="reference", got {tau_s}, {tau_t}')
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and s.device.type not in DEVICES:

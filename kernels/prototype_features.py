@@ -238,8 +238,8 @@ def prototype_ce_features(x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, ta
         raise ValueError(f"x must be [R,D], w [K,D], center [K], K, D >= 1, got {[list(x) for x in got]}")
     if len({x.dtype for x in tensors}) > 1:
         raise ValueError(f"x and w must have one dtype, got {[x.dtype for x in tensors]}")
-    if not tau_s > 0 or not tau_t > 0:
-        raise ValueError(f"tau_s and tau_t must be positive, got {tau_s} and {tau_t}")
+    if not tau_s > 0 or not tau_t > 0 or impl != "reference" and isinstance(tau_s, Tensor):
+        raise ValueError(f'taus must be positive, and numbers unless impl="reference", got {tau_s}, {tau_t}')
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and kind not in DEVICES:

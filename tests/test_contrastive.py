@@ -299,6 +299,17 @@ def test_errors(shape, tau, impl, error, words):
         nt_xent(torch.zeros(shape, device=DEVICE), tau, impl)
 
 
+def test_a_temperature_that_learns_needs_the_definition():
+    """The kernel would leave it without a gradient."""
+    z, tau = unit(8, 3), torch.tensor(.5, device=DEVICE, requires_grad=True)
+    for impl in "auto", "triton":
+        with pytest.raises(ValueError, match="reference"):
+            nt_xent(z, tau, impl)
+    impl = "reference"
+    nt_xent(z, tau, impl).backward()
+    assert tau.grad.abs() > 0
+
+
 def test_triton_where_it_cannot_run():
     with pytest.raises(RuntimeError, match="cannot run on meta"):
         nt_xent(torch.zeros(4, 3, device="meta"), .1, "triton")

@@ -405,8 +405,22 @@ def test_more_errors():
     q = unit(4, 3).float()
     with pytest.raises(ValueError, match="one dtype, .* torch.float32, .* torch.float16"):
         info_nce(q, q.half(), places(4, 4), .1)
+    for k, target in (q.to("meta"), places(4, 4)), (q, places(4, 4).to("meta")):
+        with pytest.raises(ValueError, match="one device"):
+            info_nce(q, k, target, .1)
     with pytest.raises(ValueError, match=r"\[4\]$"):
         info_nce(q, q, torch.zeros(4, device=DEVICE), .1)             # floating: it should be [B,D]
+
+
+def test_a_temperature_that_learns_needs_the_definition():
+    """The kernel would leave it without a gradient."""
+    q, tau = unit(4, 3), torch.tensor(.5, device=DEVICE, requires_grad=True)
+    for impl in "auto", "triton":
+        with pytest.raises(ValueError, match="reference"):
+            info_nce(q, q, places(4, 4), tau, impl)
+    impl = "reference"
+    info_nce(q, q, places(4, 4), tau, impl).backward()
+    assert tau.grad.abs() > 0
 
 
 def test_triton_where_it_cannot_run():

@@ -462,6 +462,17 @@ def test_errors(s, t, c, taus, impl, words):
             prototype_ce_codes(s, t, taus[0], impl)
 
 
+def test_a_temperature_that_learns_needs_the_definition():
+    """The kernel would leave it without a gradient."""
+    s, tau = torch.randn(4, 3, device=DEVICE), torch.tensor(.5, device=DEVICE, requires_grad=True)
+    for impl in "auto", "triton":
+        with pytest.raises(ValueError, match="reference"):
+            prototype_ce(s, s, tau, .1, impl=impl)
+    impl = "reference"
+    prototype_ce(s, s, tau, .1, impl=impl).mean().backward()
+    assert tau.grad.abs() > 0
+
+
 def test_triton_where_it_cannot_run():
     s = torch.zeros(4, 3, device="meta")
     for call in partial(prototype_ce, s, s, .1, .1), partial(prototype_ce_codes, s, s, .1):

@@ -433,6 +433,17 @@ def test_errors(shapes, taus, impl, words):
         prototype_ce_features(*tensors[:4], *taus, *tensors[4:] or [None], impl)
 
 
+def test_a_temperature_that_learns_needs_the_definition():
+    """The kernel would leave it without a gradient."""
+    (x, w), tau = problem(5, 7, 3)[0], torch.tensor(.5, device=DEVICE, requires_grad=True)
+    for impl in "auto", "triton":
+        with pytest.raises(ValueError, match="reference"):
+            prototype_ce_features(x, w, x, w, tau, .1, impl=impl)
+    impl = "reference"
+    prototype_ce_features(x, w, x, w, tau, .1, impl=impl).mean().backward()
+    assert tau.grad.abs() > 0
+
+
 def test_types_may_not_differ():
     (x, w), _ = problem(5, 7, 3)
     with pytest.raises(ValueError, match="one dtype"):
