@@ -30,7 +30,6 @@ try:
 except ImportError:
     triton = None                                                 # every call then runs in PyTorch
 
-
 # ---- reference: the definition; i sees j <= i + shift
 
 def attention_reference(q, k, v, causal=False, padding=None, rows=None, scale=None):
@@ -48,7 +47,6 @@ def _softmax(q, k, v, padding, shift, scale):
 
 def _acc(q):
     return torch.promote_types(q.dtype, torch.float32)
-
 
 # ---- kernels: c = q_i . k_j, scale times log2(e), so that exp(s) = 2^(c scale)
 
@@ -175,7 +173,6 @@ def _tiles(D, itemsize, backward):
     BN, warps = (16, 8) if itemsize > 2 or backward and D > 64 else (32, 4)
     return dict(BM=16 if itemsize == 8 else 64, BN=BN, num_warps=warps, num_stages=1 if itemsize > 2 else 3)
 
-
 # ---- operators: what PyTorch runs on a device that has no kernel
 
 @torch.library.custom_op("ssl::attention", mutates_args=())
@@ -188,9 +185,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, rows: Tens
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, out: Tensor, norm: Tensor,
               shift: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     dtype, (do, q, k, v) = q.dtype, (x.to(_acc(q)) for x in (do, q, k, v))
-    p, k, v = _softmax(q, k, v, padding, shift, scale)            # [B,H,N,M]  again: no norm is needed
-    ds = p * (do @ v.mT - (out * do).sum(-1, keepdim=True)) * scale               # [B,H,N,M]
-    return (ds @ k).to(dtype), (ds.mT @ q).to(dtype), (p.mT @ do).to(dtype)
+    with torch.autocast(q.device.type, enabled=False):            # the caller may be inside of one
+        p, k, v = _softmax(q, k, v, padding, shift, scale)        # [B,H,N,M]  again: no norm is needed
+        ds = p * (do @ v.mT - (out * do).sum(-1, keepdim=True)) * scale           # [B,H,N,M]
+        return (ds @ k).to(dtype), (ds.mT @ q).to(dtype), (p.mT @ do).to(dtype)
 
 def _save(ctx, inputs, output):
     q, k, v, padding, _, ctx.shift, ctx.scale = inputs
@@ -212,7 +210,6 @@ DEVICES = () if not triton else ("cuda", "cpu") if INTERPRET else ("cuda",)     
 for _device in DEVICES:
     _forward.register_kernel(_device, _forward_triton)
     _backward.register_kernel(_device, _backward_triton)
-
 
 # ---- public
 
@@ -238,8 +235,10 @@ def attention(q, k, v, causal=False, padding=None, rows=None, scale=None, impl="
         raise ValueError(f"padding must be bool [B,M], got {padding.dtype} {list(padding.shape)}")
     if rows is not None and (rows.dtype, rows.ndim) != (torch.int64, 1):
         raise ValueError(f"rows must be int64 [R], got {rows.dtype} {list(rows.shape)}")
-    if scale is not None and not scale > 0 or impl not in ("auto", "triton", "reference"):
-        raise ValueError(f'scale must be > 0, impl "auto", "triton" or "reference", got {scale}, {impl!r}')
+    if scale is not None and not scale > 0 or impl != "reference" and isinstance(scale, Tensor):
+        raise ValueError(f'scale must be > 0, and a number unless impl="reference", got {scale}')
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and kind not in DEVICES:
         why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')

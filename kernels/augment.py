@@ -237,7 +237,7 @@ DEVICES = () if not triton else ("cuda", "cpu") if triton.knobs.runtime.interpre
 def apply(x, params, size, impl="auto"):
     """x [B,3,H,W] uint8, or float in [0,1], with its params -> [B,3,size,size] float32, normalised
 
-    impl: "triton" runs the kernel or says why it cannot; "auto" runs it on a GPU only.
+    impl: "triton" runs the kernel or says why it cannot; "auto" runs it on a GPU only. x gets no gradient.
     """
     unit(x[:0])                                                   # the ValueErrors come first
     if any(p is not None and len(p) != len(x) for p in params):

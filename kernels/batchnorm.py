@@ -6,8 +6,9 @@ from torch.distributed.nn.functional import all_reduce
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """In place of BatchNorm1d or 2d, of which it takes the weights: module.__class__ = SyncBatchNorm. Every
-    process has the same number of rows; the process group must be there. Statistics are at least in fp32."""
+    """In place of BatchNorm1d or 2d, of which it takes the weights: module.__class__ = SyncBatchNorm. It has
+    running statistics and a momentum. Every process has the same number of rows; the process group must be
+    there. Statistics are at least in fp32."""
 
     def _check_input_dim(self, x):
         pass
@@ -23,8 +24,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = all_reduce(x.square().mean(dims)) / world          # [C], biased
         n = x.numel() / x.shape[1] * world
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean.detach(), self.momentum)
-        self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
+        for running, now in (self.running_mean, mean), (self.running_var, var * n / (n - 1)):
+            running.lerp_(now.detach().to(running.dtype), self.momentum)
         x = x * (var + self.eps).rsqrt().view(per_channel)
         if self.affine:
             x = x * self.weight.view(per_channel) + self.bias.view(per_channel)

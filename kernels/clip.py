@@ -188,10 +188,11 @@ def _forward(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("ssl::clip_loss_backward", mutates_args=())
 def _backward(a: Tensor, b: Tensor, scale: Tensor, lse: Tensor, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     a, b = a.to(scale.dtype), b.to(scale.dtype)
-    c = a @ b.T                                                   # [N,N]
-    s = c * (scale * LN2)                                         # [N,N]
-    g = s.softmax(1) + s.softmax(0) - 2 * torch.eye(len(a), dtype=a.dtype, device=a.device)
-    return g @ b, g.T @ a if both else scale.new_empty(0), (g * c).sum()
+    with torch.autocast(a.device.type, enabled=False):            # the caller may be inside of one
+        c = a @ b.T                                               # [N,N]
+        s = c * (scale * LN2)                                     # [N,N]
+        g = s.softmax(1) + s.softmax(0) - 2 * torch.eye(len(a), dtype=a.dtype, device=a.device)
+        return g @ b, g.T @ a if both else scale.new_empty(0), (g * c).sum()
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs, output[1])
@@ -221,8 +222,7 @@ for _device in DEVICES:
 def clip_loss(a: Tensor, b: Tensor, scale: float | Tensor, impl: str = "auto") -> Tensor:
     """Mean loss of both directions, fp32 [] (fp64 for fp64), of a, b [N,D] that the caller has normalised.
 
-    scale: positive, or a 0-d tensor that may learn and is not looked at, since that would wait for the GPU: 0
-    works, a negative one may overflow.
+    scale: positive; a 0-d tensor, which may learn, is not looked at (0 works, below 0 it may overflow).
     impl: "triton" runs the kernel or says why it cannot; "auto" runs it where it can and the same formulas in
     PyTorch elsewhere; "reference" is plain autograd, the one with second derivatives.
     Autocast casts a and b to its dtype, as it would for a matmul; everything after the product stays fp32.

@@ -190,30 +190,26 @@ def _forward(z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     loss = (top - c.diagonal(len(z) // 2).repeat(2)) / tau + log * math.log(2)
     return loss.mean(), torch.stack([top, log])
 
-
 @torch.library.custom_op("ssl::nt_xent_backward", mutates_args=())
 def _backward(go: Tensor, z: Tensor, lse: Tensor, tau: float) -> Tensor:
     z32, n = z.to(_acc(z)), len(z)
     top, log = lse[:, :, None]                                    # [2N,1], [2N,1]
-    c = (z32 @ z32.T).fill_diagonal_(-math.inf)                   # [2N,2N]
-    p = ((c - top) / tau - log * math.log(2)).exp()                      # [2N,2N]
-    g = p + p.T - 2 * torch.eye(n, dtype=p.dtype, device=p.device).roll(n // 2, 0)
-    return (g @ z32 * (go / (n * tau))).to(z.dtype)               # [2N,D]
-
+    with torch.autocast(z.device.type, enabled=False):            # the caller may be inside of one
+        c = (z32 @ z32.T).fill_diagonal_(-math.inf)               # [2N,2N]
+        p = ((c - top) / tau - log * math.log(2)).exp()           # [2N,2N]
+        g = p + p.T - 2 * torch.eye(n, dtype=p.dtype, device=p.device).roll(n // 2, 0)
+        return (g @ z32 * (go / (n * tau))).to(z.dtype)           # [2N,D]
 
 def _save(ctx, inputs, output):
     z, ctx.tau = inputs
     ctx.save_for_backward(z, output[1])
     ctx.mark_non_differentiable(output[1])
 
-
 def _gradient(ctx, go, _):
     return _backward(go, *ctx.saved_tensors, ctx.tau), None
 
-
 def _no_second(ctx, *grads):
     raise NotImplementedError('the kernel has no second derivative: use nt_xent(z, tau, impl="reference")')
-
 
 _forward.register_fake(lambda z, tau: (z.new_empty((), dtype=_acc(z)), z.new_empty(2, len(z), dtype=_acc(z))))
 _backward.register_fake(lambda go, z, lse, tau: z.new_empty(z.shape))
@@ -223,7 +219,6 @@ DEVICES = () if not triton else ("cuda", "cpu") if INTERPRET else ("cuda",)     
 for _device in DEVICES:
     _forward.register_kernel(_device, _forward_triton)
     _backward.register_kernel(_device, _backward_triton)
-
 
 # ---- public
 

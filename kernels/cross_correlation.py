@@ -157,7 +157,8 @@ def _gram(a: Tensor, b: Tensor | None, n: int, on: float, off: float) -> tuple[T
 
 
 @torch.library.custom_op("ssl::cross_correlation_backward", mutates_args=())
-def _backward(go: Tensor, coef: float, x: Tensor, y: Tensor, z: Tensor | None, d: Tensor | None) -> Tensor:
+def _backward(go: Tensor, coef: float, x: Tensor, y: Tensor, z: Tensor | None, d: Tensor | None,
+              own: Tensor) -> Tensor:                             # own: only to be asked a second derivative
     xy = _matmul(x, y)                                            # [N,D]    b G^T or a G; B a or A b
     return ((xy if z is None else xy.addcmul_(z, d)) * (go * coef)).to(x.dtype)
 
@@ -182,8 +183,8 @@ def _gradient(ctx, go, *_):
         sides, coef = ((m[-1], a, other, *d), (m[0], b, a, *d)), coef * a.shape[1] / ctx.n
     else:
         sides = (other, m.T, None, None), (a, m, None, None)
-    return *(_backward(go, coef, *side) if need else None
-             for side, need in zip(sides, ctx.needs_input_grad, strict=False)), None, None, None
+    return *(_backward(go, coef, *side, own) if need else None
+             for side, own, need in zip(sides, (a, b), ctx.needs_input_grad, strict=False)), None, None, None
 
 
 def _no_second(ctx, *grads):
@@ -193,7 +194,7 @@ def _no_second(ctx, *grads):
 _forward.register_fake(lambda a, *_: (a.new_empty((), dtype=_acc(a)), a.new_empty(a.shape[1], a.shape[1])))
 _gram.register_fake(lambda a, b, *_: (a.new_empty((), dtype=_acc(a)), a.new_empty(
     1 if b is None else 2, len(a), len(a)), a.new_empty(a.shape[1], dtype=_acc(a))))
-_backward.register_fake(lambda go, coef, x, y, z, d: x.new_empty(len(x), y.shape[1]))
+_backward.register_fake(lambda go, coef, x, y, *_: x.new_empty(len(x), y.shape[1]))
 _forward.register_autograd(_gradient, setup_context=_save)
 _gram.register_autograd(_gradient, setup_context=_save)
 _backward.register_autograd(_no_second)
@@ -214,8 +215,8 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, lam: float, impl: str = "auto") ->
     _check(z1, impl)
     if (z2.shape, z2.dtype, z2.device) != (z1.shape, z1.dtype, z1.device):
         raise ValueError(f"z1 {z1.dtype} {list(z1.shape)} and z2 {z2.dtype} {list(z2.shape)} must be alike")
-    if not 0 <= lam < math.inf:
-        raise ValueError(f"lam must be finite and at least 0, got {lam}")
+    if not 0 <= lam < math.inf or impl != "reference" and isinstance(lam, Tensor):
+        raise ValueError(f'lam must be finite, at least 0, a number unless impl="reference", got {lam}')
     if impl == "reference":
         return barlow_twins_loss_reference(z1, z2, lam)
     return _loss(_standardise(z1), _standardise(z2), len(z1), 1., lam, impl)

@@ -194,10 +194,12 @@ VITS = dict(vit_micro=(128, 4, 4), vit_tiny=(192, 12, 3), vit_small=(384, 12, 6)
 
 def create_encoder(name: str, image_size: int, **vit_options) -> nn.Module:
     """name: "resnet18", "vit_small", or with a patch, "vit_small/8"; else that is 16, or 1/8 below 128 px."""
-    name, _, patch = name.partition("/")
-    if name not in RESNETS | VITS or not (patch or "1").isdigit():
+    name, slash, patch = name.partition("/")
+    if name not in RESNETS | VITS:
         near = difflib.get_close_matches(name, RESNETS | VITS, 1) or ["resnet_small"]
         raise ValueError(f"{name} is unknown, did you mean {near[0]}? There are {' '.join(RESNETS | VITS)}")
+    if slash and (name in RESNETS or not re.fullmatch("[1-9][0-9]*", patch)):
+        raise ValueError(f"{name}/{patch}: a patch is that of a ViT, a whole number, such as vit_micro/4")
     if name in RESNETS and vit_options:
         raise ValueError(f"{name} is no ViT, which this method needs: give one of {' '.join(VITS)}")
     if name in RESNETS:

@@ -12,7 +12,8 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float =
     bank, predictions = F.normalize(bank, dim=1), []
     for q in F.normalize(queries, dim=1).split(500):
         s, i = (q @ bank.T).topk(min(k, len(bank)))              # [m,k]
-        votes = F.one_hot(labels[i]) * (s / tau).exp()[..., None]        # [m,k,classes]
+        w = ((s - s[:, :1]).float() / tau).exp()                 # [m,k]  the nearest has 1: no overflow
+        votes = F.one_hot(labels[i]) * w[..., None]              # [m,k,classes]
         predictions.append(votes.sum(1).argmax(1))
     return torch.cat(predictions)
 
@@ -25,7 +26,8 @@ def percent(predicted: Tensor, y: Tensor) -> float:
 def some_of_each_class(labels: Tensor, share: float) -> Tensor:
     """Indices [n] of a random share of each class, at least one of it, ascending."""
     parts = [(labels == y).nonzero()[:, 0] for y in labels.unique().tolist()]
-    parts = [p[torch.randperm(len(p), device=p.device)[:math.ceil(share * len(p))]] for p in parts]
+    parts = [p[torch.randperm(len(p), device=p.device)[:math.ceil(round(share * len(p), 6))]]
+             for p in parts]
     return torch.cat(parts).sort().values
 
 
@@ -116,4 +118,4 @@ def histogram_nats(x: Tensor, x_test: Tensor, k: int) -> float:
     every value counts once more than it was seen."""
     place = torch.arange(x.shape[1], device=x.device)            # [P]
     counts = 1 + (k * place + x).flatten().bincount(minlength=k * len(place)).view(-1, k)        # [P,k]
-    return -(counts / counts.sum(1, keepdim=True)).log()[place, x_test].mean().item()
+    return -(counts / counts.sum(1, keepdim=True)).log()[place, x_test.long()].mean().item()

@@ -12,8 +12,7 @@ CVPR 2020, arXiv 1911.05722, Eq. 1.
 If rows are few, up to 256 programs share the keys. There are no atomics: two runs agree in every bit. lse
 keeps the maximum of q_i . k_j and the log of the sum apart: one fp32 number, at tau = 0.01, costs P 1e-5.
 
-FLOPs  2BMD forward, 4BMD for dq, 4BMD for dk: S again for each, and for each 256 columns (fp32: 128) of them.
-       Plain PyTorch keeps S and spends 2BMD on each.
+FLOPs  2BMD forward, 4 for dq, 4 for dk (PyTorch 2 each): S again, and so for each 256 columns (fp32: 128).
 Bytes  q, k, dq, dk, these also in fp32, dq once for each part. Plain PyTorch in bf16, counted op by op, moves
        61 bytes per logit and keeps 4: with B = 256 and M = 1.28 million these are 20 GB and 1.3 GB.
 Saved  q, k, target and lse. Recomputed: S.
@@ -39,7 +38,7 @@ def info_nce_reference(q, k, target, tau):
     if target.is_floating_point():                                # k+ in front, so that pos(i) = 0
         s = torch.cat([(q * target).sum(1, keepdim=True).to(s.dtype) / tau, s], 1)               # [B,1+M]
         target = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-    return F.cross_entropy(s, target.long())                      # []       Eq. 4; MoCo, Eq. 1
+    return F.cross_entropy(s, target.long(), ignore_index=-2**62) # []       Eq. 4; MoCo, Eq. 1
 
 def _acc(z):
     return torch.promote_types(z.dtype, torch.float32)
@@ -188,18 +187,19 @@ def _forward(q: Tensor, k: Tensor, target: Tensor, tau: float) -> tuple[Tensor, 
 @torch.library.custom_op("ssl::info_nce_backward", mutates_args=())
 def _backward(a: Tensor, b: Tensor, target: Tensor, lse: Tensor, tau: float, swap: bool) -> Tensor:
     q, k = (x.to(lse.dtype) for x in ((b, a) if swap else (a, b)))
-    g = ((q @ k.T - lse[0, :, None]) / tau - lse[1, :, None] * LN2).exp()         # [B,M]
-    if not target.is_floating_point():
-        g -= (target[:, None] == torch.arange(len(k), device=k.device)).to(g.dtype)
-    return g.T @ q if swap else g @ k
+    with torch.autocast(q.device.type, enabled=False):            # the caller may be inside of one
+        g = ((q @ k.T - lse[0, :, None]) / tau - lse[1, :, None] * LN2).exp()     # [B,M]
+        if not target.is_floating_point():
+            g -= (target[:, None] == torch.arange(len(k), device=k.device)).to(g.dtype)
+        return g.T @ q if swap else g @ k
 
 def _save(ctx, inputs, output):
     *tensors, ctx.tau = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
-def _gradient(ctx, go, _):
-    q, k, target, lse = ctx.saved_tensors
+def _gradient(ctx, go, again):                                    # again, of lse: dc is being differentiated
+    q, k, target, lse = ctx.saved_tensors if again is None else _no_second(ctx)
     go, tau = go / (len(q) * ctx.tau), ctx.tau
     dq = (go * _backward(q, k, target, lse, tau, False)).to(q.dtype)
     dk = (go * _backward(k, q, target, lse, tau, True)).to(k.dtype) if ctx.needs_input_grad[1] else None
@@ -224,9 +224,9 @@ def info_nce(q: Tensor, k: Tensor, target: Tensor, tau: float, impl: str = "auto
 
     target: int [B], the place of the positive in k, or floating [B,D], the positive itself. If k has no such
     place, its P is 0: the loss is inf, the gradients are those of the other keys; the reference raises.
-    impl: "triton" runs the kernel or says why it cannot; "auto" runs it where it can and the same formulas in
-    PyTorch elsewhere; "reference" is plain autograd, the one with second derivatives and a learnable tau.
-    Autocast casts the rows to its dtype, as it would for a matmul; everything after the product stays fp32.
+    impl: "triton" runs the kernel or says why it cannot; "auto" runs it where it can, the same formulas in
+    PyTorch elsewhere; "reference" is plain autograd, with second derivatives and a learnable tau. Autocast
+    casts the rows to its dtype, as it would for a matmul; everything after the product stays fp32.
     """
     own, kind = target.is_floating_point(), q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -246,5 +246,5 @@ def info_nce(q: Tensor, k: Tensor, target: Tensor, tau: float, impl: str = "auto
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')
     if impl == "reference":
         return info_nce_reference(q, k, target, tau)
-    target = (q.to(_acc(q)) * target).sum(1) if own else target.clamp(-1, len(k)).int()
+    target = (q * target.to(_acc(q))).sum(1) if own else target.long().clamp(-1, len(k)).int()
     return _forward(q, k, target, tau)[0]

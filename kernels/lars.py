@@ -18,6 +18,8 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             for w in (p for p in group["params"] if p.grad is not None):
                 g, trust = w.grad, 1.
@@ -27,3 +29,4 @@ class LARS(torch.optim.Optimizer):
                     trust = torch.where((size > 0) & (slope > 0), group["eta"] * size / slope, 1.)
                 v = self.state[w].setdefault("momentum", torch.zeros_like(w))
                 w -= v.mul_(group["momentum"]).add_(group["lr"] * trust * g)
+        return loss

@@ -183,31 +183,27 @@ def _forward(x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, c: Tensor | Non
         loss = prototype_ce_features_reference(*tensors, tau_s, tau_t, c)         # [R]
     return loss, loss.new_zeros(4, len(loss))                     # only the kernel needs lse
 
-
 @torch.library.custom_op("ssl::prototype_ce_features_backward", mutates_args=())
 def _backward(go: Tensor, x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, c: Tensor | None, lse: Tensor,
               tau_s: float, tau_t: float, of_w: bool) -> Tensor:
     x, w, x_t, w_t = (x.to(go.dtype) for x in (x_s, w_s, x_t, w_t))
-    t = x_t @ w_t.T if c is None else x_t @ w_t.T - c             # [R,K]
-    g = (F.softmax(x @ w.T / tau_s, 1) - F.softmax(t / tau_t, 1)) * (go / tau_s)[:, None]
-    return (g.T @ x if of_w else g @ w).to(x_s.dtype)
-
+    with torch.autocast(x.device.type, enabled=False):            # the caller may be inside of one
+        t = x_t @ w_t.T if c is None else x_t @ w_t.T - c         # [R,K]
+        g = (F.softmax(x @ w.T / tau_s, 1) - F.softmax(t / tau_t, 1)) * (go / tau_s)[:, None]
+        return (g.T @ x if of_w else g @ w).to(x_s.dtype)
 
 def _save(ctx, inputs, output):
     *tensors, ctx.tau_s, ctx.tau_t = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
-
 def _gradient(ctx, go, _):
     grads = [_backward(go, *ctx.saved_tensors, ctx.tau_s, ctx.tau_t, of_w) if needed else None
              for of_w, needed in zip((False, True), ctx.needs_input_grad, strict=False)]
     return *grads, None, None, None, None, None
 
-
 def _no_second(ctx, *grads):
     raise NotImplementedError('the kernel has no second derivative: use impl="reference"')
-
 
 _forward.register_fake(lambda x, *_: tuple(x.new_empty(*n, len(x), dtype=_acc(x)) for n in ((), (4,))))
 _backward.register_fake(lambda go, x, w, *rest: x.new_empty((w if rest[-1] else x).shape))
@@ -217,7 +213,6 @@ DEVICES = () if not triton else ("cuda", "cpu") if INTERPRET else ("cuda",)     
 for _device in DEVICES:
     _forward.register_kernel(_device, _forward_triton)
     _backward.register_kernel(_device, _backward_triton)
-
 
 # ---- public
 

@@ -178,16 +178,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slot_mask: Te
     _, _, v, a, w, total = _weights(*(x.to(_acc(x)) for x in (q, k, v)), mask, slot_mask, eps, scale)
     return w / total @ v, total, a if maps else a.new_empty(*a.shape[:2], 0)
 
-
 @torch.library.custom_op("ssl::slot_attention_backward", mutates_args=())
 def _backward(du: Tensor, da: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
               slot_mask: Tensor | None, u: Tensor, den: Tensor, eps: float,
               scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    q32, k32, v32, a, w, total = _weights(*(x.to(_acc(x)) for x in (q, k, v)), mask, slot_mask, eps, scale)
-    g = a / total * (du @ v32.mT - (du * u).sum(2, keepdim=True)) + (a * da if da.numel() else 0)
-    dx = (g - a * g.sum(1, keepdim=True)) * scale                 # [B,S,N]
-    return tuple(x.to(q.dtype) for x in (dx @ k32, dx.mT @ q32, (w / total).mT @ du))
-
+    q32, k32, v32 = (x.to(_acc(x)) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):            # the caller may be inside of one
+        q32, k32, v32, a, w, total = _weights(q32, k32, v32, mask, slot_mask, eps, scale)
+        g = a / total * (du @ v32.mT - (du * u).sum(2, keepdim=True)) + (a * da if da.numel() else 0)
+        dx = (g - a * g.sum(1, keepdim=True)) * scale             # [B,S,N]
+        return tuple(x.to(q.dtype) for x in (dx @ k32, dx.mT @ q32, (w / total).mT @ du))
 
 def _save(ctx, inputs, output):
     *tensors, ctx.eps, ctx.scale, _ = inputs
@@ -200,7 +200,6 @@ def _gradient(ctx, du, _, da):
 def _no_second(ctx, *grads):
     raise NotImplementedError('the kernel has no second derivative: use impl="reference"')
 
-
 _forward.register_fake(lambda q, k, v, mask, slot_mask, eps, scale, maps: tuple(
     q.new_empty(*q.shape[:2], n, dtype=_acc(q)) for n in (q.shape[2], 1, k.shape[1] if maps else 0)))
 _backward.register_fake(lambda du, da, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)))
@@ -210,7 +209,6 @@ DEVICES = () if not triton else ("cuda", "cpu") if INTERPRET else ("cuda",)     
 for _device in DEVICES:
     _forward.register_kernel(_device, _forward_triton)
     _backward.register_kernel(_device, _backward_triton)
-
 
 # ---- public
 
@@ -234,8 +232,9 @@ def slot_attention(q, k, v, mask=None, slot_mask=None, eps=1e-8, scale=None, map
         got = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (q, k, v, mask, slot_mask) if x is not None)
         raise ValueError(f"q must be [B,S,D], k, v [B,N,D] alike, masks bool [B,N], [B,S], got {got}")
     (S, D), scale = q.shape[1:], q.shape[2]**-.5 if scale is None else scale
-    if not (0 <= eps <= 1 and scale > 0):
-        raise ValueError(f"eps must be in [0,1] and scale positive, got {eps} and {scale}")
+    if not (0 <= eps <= 1 and scale > 0) or impl != "reference" and any(map(torch.is_tensor, (eps, scale))):
+        raise ValueError('eps must be in [0,1] and scale positive, numbers unless impl="reference", got '
+                         f"{eps} and {scale}")
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     fits = S <= 128 and D <= 1024 // q.dtype.itemsize >> (S > 16) + (S > 32) + (S > 64)

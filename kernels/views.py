@@ -50,7 +50,8 @@ def draw(n, height, width, *, scale=(.2, 1.), ratio=(3 / 4, 4 / 3), flip=.5, jit
 
 
 def views(x, size=None, impl="auto", **options):
-    """One view [B,3,size,size] of each image; call again for the next (multi-crop: a smaller size, scale)."""
+    """One view [B,3,size,size] of each image; call again for the next (multi-crop: a smaller size, scale).
+    The images get no gradient."""
     unit(x[:0])                                                   # the ValueErrors come first
     params = draw(len(x), *x.shape[2:], device=x.device, **options)
     return apply(x, params, size or x.shape[2], impl)

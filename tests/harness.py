@@ -151,6 +151,21 @@ def check_no_double_backward(fn, *inputs):
         sum(g.sum() for g in grads).backward()
 
 
+def check_backward_inside_autocast(fn, operators, *inputs):
+    """loss.backward() may stand inside of it: the same bits, from the kernels and from what runs without."""
+    for enabled in True, False:
+        with contextlib.ExitStack() as stack:
+            for operator in operators:
+                stack.enter_context(operator.set_kernel_enabled(DEVICE, enabled=enabled))
+            leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+            total = sum(v.sum() for v in outputs(fn, leaves) if v.requires_grad)
+            leaves = [x for x in leaves if x.requires_grad]
+            want = torch.autograd.grad(total, leaves, retain_graph=True)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                got = torch.autograd.grad(total, leaves)
+        assert all(a.equal(b) for a, b in zip(want, got, strict=True))
+
+
 # ---- two processes
 
 def two_processes(worker, folder):

@@ -490,6 +490,11 @@ def test_deterministic():
         harness.check_deterministic(partial(attention, rows=index([0, 0, 36])), *x)
 
 
+def test_backward_inside_autocast():
+    harness.check_backward_inside_autocast(attention, (module._forward, module._backward),
+                                           *qkv(17, 20, 5, dtype=torch.float32))
+
+
 def test_double_backward():
     harness.check_no_double_backward(partial(attention, rows=index([0])), *qkv(3, 4, 2))
     x = [y.requires_grad_() for y in qkv(3, 4, 2)]
@@ -552,7 +557,8 @@ def test_wrong_shapes(shapes, impl):
     (dict(rows=shaped(2, dtype=torch.int32)), r"rows must be int64 \[R\], got torch.int32 \[2\]"),
     (dict(rows=shaped(1, 2, dtype=torch.int64)), r"rows .*\[1, 2\]"),
     (dict(scale=0.), "scale must be > 0.*got 0.0"), (dict(scale=-1.), "got -1.0"),
-    (dict(scale=math.nan), "got nan"), (dict(impl="cuda"), 'impl "auto", .*\'cuda\''),
+    (dict(scale=torch.tensor(.3)), 'unless impl="reference"'), (dict(scale=math.nan), "got nan"),
+    (dict(impl="cuda"), "'cuda'"),
 ])
 def test_errors(options, words):
     with pytest.raises(ValueError, match=words):

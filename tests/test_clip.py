@@ -264,6 +264,11 @@ def test_deterministic():
         harness.check_deterministic(clip_loss, unit(70, 33).half(), unit(70, 33, 1).half(), learnable(10.))
 
 
+def test_backward_inside_autocast():
+    values = [x.float() for x in (unit(34, 17), unit(34, 17, 1), torch.tensor(20., device=DEVICE))]
+    harness.check_backward_inside_autocast(clip_loss, (clip._forward, clip._backward), *values)
+
+
 def test_double_backward():
     values = unit(6, 5), unit(6, 5, 1), learnable(3.)
     harness.check_no_double_backward(clip_loss, *values)

@@ -23,6 +23,15 @@ def test_there_and_back():
     assert (rgb_to_lab(grey)[:, 0, 0, 0].diff() > 0).all()
 
 
+def test_autocast_changes_nothing():
+    """16 bits would move a and b by units."""
+    x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    lab = rgb_to_lab(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert rgb_to_lab(x).equal(lab)
+        assert (lab_to_rgb(lab) - x).abs().max() < 2e-5
+
+
 def test_colours_of_no_screen_are_clipped():
     x = lab_to_rgb(torch.tensor([50., 120, -120]).view(1, 3, 1, 1))
     assert x.isfinite().all() and x.min() >= 0 and x.max() <= 1

@@ -471,6 +471,9 @@ def test_encoder_names():
     assert "did you mean resnet18?" in stops(common.make_encoder, cfg)
     for name in ("vit_tiny/x", "vit_tiny/-4", "vit_tiny/5", "resnet18x"):
         assert "--encoder or --weights: " in stops(common.make_encoder, Flags(encoder=name))
+    for name in ("vit_tiny/0", "vit_tiny/", "resnet18/8"):
+        said = stops(common.make_encoder, Flags(encoder=name))
+        assert f"{name}: a patch is that of a ViT, a whole number" in said
 
 
 def vit(**options):
@@ -584,6 +587,18 @@ def test_lars_by_hand():
         assert zero is None or method.zero[0].tolist() == [zero, zero]     # a zero weight: trust ratio 1
 
 
+def test_lars_calls_a_closure():
+    method = holder(w=[[3., 4.]])
+    lars = make_optimizer(Flags(optimizer="lars", lr=1.), method)
+
+    def closure():
+        lars.zero_grad()
+        loss = method.w.square().sum()
+        loss.backward()
+        return loss
+    assert lars.step(closure).item() == 25 and method.w[0, 0] < 3
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
 def test_optimizer_groups(name):
     """Decay on what has two or more dimensions only; nothing frozen; momentum and beta2 arrive."""
@@ -637,6 +652,14 @@ def test_knn_by_a_loop(k):
             votes[y] += math.exp(s / .07)
         expected.append(votes.index(max(votes)))
     assert knn(bank, labels, queries, k).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype, tau", [(torch.float16, .07), (torch.float32, .01)])
+def test_knn_does_not_overflow(dtype, tau):
+    """e^14 is too much for fp16, e^100 for fp32."""
+    labels = torch.arange(100) % 5
+    x = (torch.eye(5, 16)[labels] + .05 * rand(100, 16)).to(dtype)
+    assert knn(x, labels, x, tau=tau).equal(labels)
 
 
 def test_linear_probe_separates_what_is_separable():

@@ -255,6 +255,11 @@ def test_deterministic():
     harness.check_deterministic(partial(nt_xent, tau=.1), unit(70, 33).half())
 
 
+def test_backward_inside_autocast():
+    operators = contrastive._forward, contrastive._backward
+    harness.check_backward_inside_autocast(partial(nt_xent, tau=.05), operators, unit(34, 17).float())
+
+
 def test_double_backward():
     harness.check_no_double_backward(partial(nt_xent, tau=.1), unit(6, 5))
     z = unit(6, 5).requires_grad_()

@@ -430,6 +430,8 @@ def test_deterministic(impl):
 def test_double_backward(impl):
     z1, z2 = views(6, 5)
     harness.check_no_double_backward(partial(barlow_twins_loss, lam=.1, impl=impl), z1, z2)
+    harness.check_no_double_backward(lambda z: barlow_twins_loss(z, z2, .1, impl), z1)
+    harness.check_no_double_backward(lambda z: barlow_twins_loss(z1, z, .1, impl), z2)
     harness.check_no_double_backward(partial(vicreg_covariance, impl=impl), z1)
 
 
@@ -518,6 +520,7 @@ def test_auto_goes_by_the_shape(N, D, form):
     ((5,), .1, "auto", r"\[5\]"), ((2, 2, 3), .1, "gram", r"\[2, 2, 3\]"), ((0, 3), .1, "auto", "N >= 1"),
     ((4, 0), .1, "reference", "D >= 1"), ((4, 3), -1., "auto", "at least 0"), ((4, 3), .1, "cuda", "'cuda'"),
     ((4, 3), math.nan, "gram", "got nan"), ((4, 3), math.inf, "reference", "finite"),
+    ((4, 3), torch.tensor(.2), "auto", "a number unless"),
 ])
 def test_errors(shape, lam, impl, words):
     z = torch.zeros(shape, device=DEVICE)

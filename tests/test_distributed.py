@@ -312,6 +312,9 @@ def test_batchnorm_of_bf16_has_its_statistics_in_fp32(tmp_path):
     dist.init_process_group("gloo", f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
         y = other(x)
+        low = nn.BatchNorm1d(5).bfloat16()
+        low.__class__ = common.SyncBatchNorm
+        assert low(x).dtype == low.running_mean.dtype == torch.bfloat16 and low.running_mean.min() > .2
     finally:
         dist.destroy_process_group()
     torch.testing.assert_close(y, one(x.float()).bfloat16(), rtol=.01, atol=.01)

@@ -326,10 +326,19 @@ def test_deterministic():
                                     places(34, 70))
 
 
+def test_backward_inside_autocast():
+    q, k, operators = unit(34, 17).float(), unit(70, 17, 1).float(), (module._forward, module._backward)
+    for target in places(34, 70), unit(34, 17, 2).float():
+        harness.check_backward_inside_autocast(partial(info_nce, tau=.05), operators, q, k, target)
+
+
 def test_double_backward():
     for target in places(6, 9), unit(6, 5, 2):
         values = [unit(6, 5), unit(9, 5, 1), target]
         harness.check_no_double_backward(partial(info_nce, tau=.1), *values)
+        if target.is_floating_point():
+            q, k = values[:2]
+            harness.check_no_double_backward(lambda t, q=q, k=k: info_nce(q, k, t, .1), target)
         values = [x.requires_grad_(x.is_floating_point()) for x in values]
         assert torch.autograd.gradgradcheck(partial(info_nce, tau=.5, impl="reference"), values)
 
@@ -421,6 +430,24 @@ def test_a_temperature_that_learns_needs_the_definition():
     impl = "reference"
     info_nce(q, q, places(4, 4), tau, impl).backward()
     assert tau.grad.abs() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_places_of_any_integer_type(dtype):
+    q, k, target = unit(4, 3), unit(300, 3, 1), torch.tensor([0, 99, 127, 5], device=DEVICE)
+    assert info_nce(q, k, target.to(dtype), .1).equal(info_nce(q, k, target, .1))
+
+
+def test_no_place_is_ignored_by_the_reference():
+    """-100 is what F.cross_entropy leaves out unless told otherwise."""
+    q, k, target = unit(3, 4).cpu(), unit(5, 4, 1).cpu(), torch.tensor([-100, 0, 1])
+    with pytest.raises(IndexError, match="out of bounds"):
+        info_nce(q, k, target, .5, "reference")
+
+
+def test_a_positive_of_another_type_leaves_the_loss_its_own():
+    q, target = unit(4, 3).float(), unit(4, 3, 1)
+    assert {info_nce(q, q, target, .1, impl).dtype for impl in ("auto", "reference")} == {torch.float32}
 
 
 def test_triton_where_it_cannot_run():

@@ -388,6 +388,11 @@ def test_zero_stride_gradient():
         close(run(ce(**teacher), [s], [go])[1], run(ce(**teacher), [s], [go.clone()])[1], rtol=0, atol=0)
 
 
+def test_backward_inside_autocast():
+    t, operators = randn(9, 17, seed=1), (module._forward, module._backward)
+    harness.check_backward_inside_autocast(ce(t), operators, randn(9, 17).float())
+
+
 def test_double_backward():
     s, teacher = problem("centred", 3, 5)
     harness.check_no_double_backward(ce(**teacher), s)

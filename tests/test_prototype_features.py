@@ -360,6 +360,11 @@ def test_zero_stride_gradient():
     harness.check_zero_stride_grad(ce(**teacher), *student)
 
 
+def test_backward_inside_autocast():
+    student, teacher = problem(9, 17, 5, dtype=torch.float32)
+    harness.check_backward_inside_autocast(ce(**teacher), (module._forward, module._backward), *student)
+
+
 def test_double_backward():
     student, teacher = problem(3, 5, 2)
     harness.check_no_double_backward(ce(**teacher), *student)

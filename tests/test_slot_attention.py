@@ -428,6 +428,11 @@ def test_zero_stride_gradient():
               torch.autograd.grad(x, (q, k), torch.ones_like(x), retain_graph=True))
 
 
+def test_backward_inside_autocast():
+    f, operators = partial(slot_attention, maps=True), (module._forward, module._backward)
+    harness.check_backward_inside_autocast(f, operators, *slots(2, 5, 34, 7, dtype=torch.float32))
+
+
 def test_double_backward():
     inputs = slots(1, 2, 3, 4)
     harness.check_no_double_backward(partial(kernel, maps=True), *inputs)
@@ -497,6 +502,7 @@ def test_shapes_that_are_wrong(q, k, v):
     (dict(mask=torch.zeros(1, 5, dtype=torch.bool)), r"\[1, 5\] torch.bool"),
     (dict(slot_mask=torch.zeros(1, 9, dtype=torch.bool)), r"\[1, 9\] torch.bool"),
     (dict(slot_mask=torch.zeros(1, 5)), r"\[1, 5\] torch.float32$"), (dict(eps=-1e-8), "eps"),
+    (dict(eps=torch.tensor(.1)), "unless"), (dict(scale=torch.tensor(1.)), "unless"),
     (dict(eps=1.1), "eps"), (dict(eps=math.nan), "eps"), (dict(scale=0.), "scale"),
     (dict(scale=-1.), "scale"),
     (dict(scale=math.nan), "scale"), (dict(impl="cuda"), "'cuda'"),

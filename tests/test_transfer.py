@@ -212,6 +212,7 @@ def test_a_share_of_the_labels_is_one_of_each_class():
     chosen = transfer.some_of_each_class(labels, .1)
     assert labels[chosen].bincount().tolist() == [5, 3, 0, 0, 0, 0, 0, 1] and len(chosen.unique()) == 9
     assert transfer.some_of_each_class(labels, 1.).sort().values.tolist() == list(range(89))
+    assert len(transfer.some_of_each_class(torch.zeros(100), .07)) == 7  # .07 x 100 is 7.000000000000001
     assert transfer.some_of_each_class(labels, .1).tolist() != chosen.tolist()
 
 
