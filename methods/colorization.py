@@ -106,7 +106,7 @@ class Colorization(nn.Module):
         self.encoder, self.loss = Grey(encoder), loss
         with torch.no_grad():
             stride = 64 // encoder.eval().layers(torch.zeros(1, 3, 64, 64))[-1].shape[3]
-        encoder.train()
+        stride = getattr(encoder.train(), "patch", stride)
         self.steps = max(0, math.ceil(math.log2(stride / 4)))    # up to a quarter of the image
         self.cell = stride / 2 ** self.steps
         self.register_buffer("bins", ab_bins())                  # [Q,2]
@@ -145,7 +145,8 @@ class Colorization(nn.Module):
 def build(cfg):
     if cfg.loss not in ("classes", "l2"):
         common.fail(f"--loss {cfg.loss} is unknown: give classes or l2")
-    return Colorization(make_encoder(cfg), cfg.loss, cfg.width)
+    vit = dict(pool="mean") if cfg.encoder.startswith("vit") else {}     # of the patches, which learn
+    return Colorization(make_encoder(cfg, **vit), cfg.loss, cfg.width)
 
 
 def colours_of(images, n=100_000):                               # uint8 [N,3,H,W] -> [n,2]

@@ -149,7 +149,8 @@ def build(cfg):
         common.fail(f"--region {cfg.region} is unknown: give centre or random")
     if 4 * cfg.overlap >= cfg.image_size:
         common.fail(f"--overlap {cfg.overlap} leaves nothing to hide: give less than {cfg.image_size / 4}")
-    return ContextEncoder(make_encoder(cfg), cfg.image_size, cfg.region, cfg.adversarial)
+    vit = dict(pool="mean") if cfg.encoder.startswith("vit") else {}     # of the patches, which learn
+    return ContextEncoder(make_encoder(cfg, **vit), cfg.image_size, cfg.region, cfg.adversarial)
 
 
 def border_fill(v, mask):                                        # [B,3,H,W], [B,1,H,W] -> [B,3,H,W]

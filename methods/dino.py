@@ -138,7 +138,11 @@ class DINO(nn.Module):
 
 
 def build(cfg):
-    return DINO(make_encoder(cfg), cfg.hidden, cfg.dim, cfg.k, cfg.tau_s, cfg.centering, common.gather)
+    encoder = make_encoder(cfg)
+    patch = getattr(encoder, "patch", 0)
+    if cfg.size < 2 * patch or cfg.local and cfg.size_local < patch:
+        common.fail(f"--size {cfg.size}, --size_local {cfg.size_local}: few pixels for patches of {patch}")
+    return DINO(encoder, cfg.hidden, cfg.dim, cfg.k, cfg.tau_s, cfg.centering, common.gather)
 
 
 def most(a, share=.6):                                           # attention [..,N] -> bool [..,N]

@@ -84,7 +84,7 @@ def seeds(x, p):                                                 # uint8 [N,3,H,
     """A p x p patch of each image, with a probability in proportion to its mean squared gradient."""
     gradient = torch.stack(torch.gradient(unit(x), dim=(2, 3))).square().sum((0, 2))     # [N,H,W]
     weight = F.avg_pool2d(gradient[:, None], p, 1)               # [N,1,H-p+1,W-p+1], by top left corner
-    corner = weight.flatten(1).clamp_min(1e-12).multinomial(1)   # [N,1]
+    corner = weight.flatten(1).clamp_min(1e-12).cpu().multinomial(1).to(x.device)        # [N,1]
     return torch.cat([corner % weight.shape[3], corner // weight.shape[3]], 1) + p / 2
 
 
@@ -132,9 +132,10 @@ def triplets(z, k, margin):                                      # [2B,Z], [2B] 
 class ExemplarCNN(nn.Module):
     """encoder: images [B,3,H,W] -> [B,encoder.dim], of patches and of whole images alike."""
 
-    def __init__(self, encoder, loss="classes", classes=8000, dim=128, margin=.5, dropout=.5):
+    def __init__(self, encoder, loss="classes", classes=8000, dim=128, margin=.5, dropout=.5,
+                 gather=lambda z: z):
         super().__init__()
-        self.encoder, self.loss, self.margin = encoder, loss, margin
+        self.encoder, self.loss, self.margin, self.gather = encoder, loss, margin, gather
         # Without the norm the loss stays at ln N until each class has been seen many times.
         self.head = nn.Sequential(nn.BatchNorm1d(encoder.dim, affine=False), nn.Dropout(dropout),
                                   nn.Linear(encoder.dim, classes if loss == "classes" else dim))
@@ -145,6 +146,7 @@ class ExemplarCNN(nn.Module):
         if self.loss == "classes":
             self.accuracy = (z.argmax(1) == k).float().mean()
             return F.cross_entropy(z, k)                         # Eq. 1 and 2
+        z, k = (torch.cat([self.gather(half) for half in y.chunk(2)]) for y in (z, k))   # of all processes
         loss, right = triplets(z, k, self.margin)
         self.accuracy = right.float().mean()
         return loss
@@ -156,7 +158,7 @@ def build(cfg):
     if cfg.patch > cfg.image_size:
         common.fail(f"--patch {cfg.patch} is larger than the image: give at most {cfg.image_size}")
     encoder = make_encoder(replace(cfg, image_size=cfg.patch))   # the stem for patches, not for images
-    return ExemplarCNN(encoder, cfg.loss, cfg.classes, cfg.dim, cfg.margin, cfg.dropout)
+    return ExemplarCNN(encoder, cfg.loss, cfg.classes, cfg.dim, cfg.margin, cfg.dropout, common.gather)
 
 
 def head_parameters(cfg, loss, n):                               # what n seeds ask for behind the encoder

@@ -183,8 +183,11 @@ def build(cfg):
     if cfg.mask not in MASKS:
         common.fail(f"--mask {cfg.mask} is unknown: give one of {' '.join(MASKS)}")
     encoder = make_encoder(cfg, pool="cls")                      # an option of ViTs alone
-    n = (cfg.size // encoder.patch) ** 2                         # a hint shows .05 n of the hidden patches
-    if cfg.mask == "attmask_hint" and n < 40:
+    if cfg.size < 2 * encoder.patch or cfg.local and cfg.size_local < encoder.patch:
+        common.fail(f"--size {cfg.size}, --size_local {cfg.size_local}: few pixels for patches of "
+                    f"{encoder.patch}")
+    n = (cfg.size // encoder.patch) ** 2                         # a hint shows at most .05 n of them
+    if cfg.mask == "attmask_hint" and n <= 20:
         common.fail(f"--mask attmask_hint: of {n} patches none would be shown again: give smaller ones")
     return IBOT(encoder, cfg.hidden, cfg.dim, cfg.k, cfg.tau_s, cfg.mask, common.gather)
 

@@ -83,7 +83,8 @@ def only(names, options):
     """Options of views() with the transformations that "crop,color" names, and no others."""
     if unknown := set(names.split(",")) - set(ONE):
         common.fail(f"--only {','.join(unknown)} is unknown: give some of {','.join(ONE)}")
-    return options | NONE | {k: v for name in names.split(",") for k, v in ONE[name].items()}
+    one = ONE | dict(crop=dict(scale=options["scale"]), blur=dict(blur=options["blur"] or .5))
+    return options | NONE | {k: v for name in names.split(",") for k, v in one[name].items()}
 
 
 def matrix(cfg):
@@ -94,8 +95,9 @@ def matrix(cfg):
     names, n = list(ONE), len(ONE)
     a = torch.zeros(n, n + 1)
     for i, j in combinations_with_replacement(range(n), 2):
-        pair = replace(cfg, matrix=False, only=f"{names[i]},{names[j]}", out=f"{cfg.out}/matrix/{i}{j}")
-        found = main(pair)
+        out = Path(cfg.out, "matrix", f"{i}{j}")
+        begun = cfg.resume and any(out.glob("*/checkpoint.pt"))
+        found = main(replace(cfg, matrix=False, only=f"{names[i]},{names[j]}", out=str(out), resume=begun))
         if "linear" not in found:
             common.fail(f"--matrix needs labels, for its probes, which --data {cfg.data} has not")
         a[i, j] = a[j, i] = found["linear"]

@@ -47,7 +47,7 @@ class Config(common.Config):
     lr: float = 2e-3               # peak learning rate: linear warm-up, then half a cosine to 0
     batch_size: int = 64           # images a step, all processes together
     variant: str = "split"         # split; or both halves alike: l_to_ab, ab_to_l, autoencoder
-    cell: int = 4                  # side in pixels of the cells whose colours are told
+    cell: int = 4                  # about the side in pixels of the cells whose colours are told
     crop: float = .5               # smallest share of the image's area in a view
 
 
@@ -112,7 +112,8 @@ class SplitBrain(nn.Module):
         for encoder, part in zip(encoders, sees, strict=True):
             with torch.no_grad():
                 side = encoder.eval().layers(torch.zeros(1, 3, 64, 64))[-1].shape[3]
-            up, d = max(1, 64 // side // cell), encoder.train().dim      # up * up cells a place of the map
+            stride, d = getattr(encoder.train(), "patch", 64 // side), encoder.dim
+            up = max(1, stride // cell)                          # up * up cells a place of the map
             self.heads.append(nn.Sequential(nn.Conv2d(d, d // 2, 3, 1, 1), nn.ReLU(),
                                             nn.Conv2d(d // 2, TOLD[part] * up ** 2, 1), nn.PixelShuffle(up)))
 
@@ -135,7 +136,8 @@ class SplitBrain(nn.Module):
 def build(cfg):
     if cfg.variant not in SEES:
         common.fail(f"--variant {cfg.variant} is unknown: give {', '.join(SEES)}")
-    return SplitBrain([make_encoder(cfg), make_encoder(cfg)], SEES[cfg.variant], cfg.cell)
+    vit = dict(pool="mean") if cfg.encoder.startswith("vit") else {}     # of the patches, which learn
+    return SplitBrain([make_encoder(cfg, **vit), make_encoder(cfg, **vit)], SEES[cfg.variant], cfg.cell)
 
 
 def references(method, lab, grid):                               # [N,3,H,W] -> what to read the loss against
@@ -174,7 +176,10 @@ def main(cfg):
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, method)
     sample = data.images[torch.randperm(len(data.images))[:500].to(run.device)]
-    known = references(method, to_lab(normalise(sample)), cfg.image_size // cfg.cell)
+    lab = to_lab(normalise(sample))                              # [500,3,H,W]
+    with torch.no_grad():
+        grid = method.eval().predict(lab[:1])[0].shape[2:]       # of the cells that it tells
+    known = references(method.train(), lab, grid)
     model = run.start(method, data, known, optimizer)
 
     for step, index in run.steps(len(data.images)):

@@ -125,7 +125,8 @@ class VideoColorization(nn.Module):
 
 
 def build(cfg):
-    return VideoColorization(make_encoder(cfg), cfg.colours, cfg.grid, cfg.dim)
+    vit = dict(pool="mean") if cfg.encoder.startswith("vit") else {}     # of the patches, which learn
+    return VideoColorization(make_encoder(cfg, **vit), cfg.colours, cfg.grid, cfg.dim)
 
 
 def places(size):                                                # x and y of pixels in sides, [2,S,S]

@@ -185,6 +185,12 @@ def test_predicts_at_a_quarter_of_the_image(encoder, size):
     assert method.colours(v).shape == (2, 2, size, size) and method.h.shape == (2, method.encoder.dim)
 
 
+def test_patches_of_any_size_are_told_where_they_lie():
+    """14 pixels of 112: 8 x 8 patches, told as 32 x 32 cells of 3.5 pixels, none of which is cut off."""
+    method = C.build(C.Config(encoder="vit_micro", image_size=112))
+    assert method.cell == 3.5 and method.predict(torch.zeros(1, 3, 112, 112)).shape == (1, 313, 32, 32)
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_no_colour_reaches_the_encoder(bf16):
     """Other a and b under the same L: the same to see, so the same features. And L itself counts."""

@@ -20,6 +20,7 @@ from methods.barlow_twins import BarlowTwins
 from methods.bownet import BoWNet
 from methods.byol import BYOL
 from methods.dino import DINO
+from methods.exemplar_cnn import ExemplarCNN
 from methods.ibot import IBOT
 from methods.instdisc import InstDisc
 from methods.moco import MoCo
@@ -153,9 +154,22 @@ def obow():
     return method
 
 
-METHODS = dict(simclr=simclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins, vicreg=vicreg,
-               instdisc=instdisc, moco=moco, moco_v3=moco_v3, swav=swav, dino=dino, ibot=ibot, bownet=bownet,
-               obow=obow)
+def exemplar_cnn():
+    """The triplets of a batch, of all processes; distances in float64, too."""
+    def forward(v1, v2):
+        k = v1.mean((1, 2, 3)).argsort().argsort() + 4 * common.rank()      # of each seed another number
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            return ExemplarCNN.forward(method, torch.cat([v1, v2]), torch.cat([k, k]))
+    torch.manual_seed(0)
+    method = ExemplarCNN(create_encoder("resnet_small", 8), "triplet", dim=8, dropout=0.,
+                         gather=common.gather).double()
+    method.forward = forward
+    return method
+
+
+METHODS = dict(exemplar_cnn=exemplar_cnn, simclr=simclr, byol=byol, simsiam=simsiam,
+               barlow_twins=barlow_twins, vicreg=vicreg, instdisc=instdisc, moco=moco, moco_v3=moco_v3,
+               swav=swav, dino=dino, ibot=ibot, bownet=bownet, obow=obow)
 
 
 def norms():
@@ -281,7 +295,7 @@ def test_two_processes_have_the_gradient_of_one(name, both):
                 for one in (found, whole)))
     losses = torch.stack([f[name]["loss"] for f in both])
     torch.testing.assert_close(losses.mean(), whole["loss"], **CLOSE)
-    if name in ("simclr", "barlow_twins", "vicreg", "moco_v3", "swav"):
+    if name in ("exemplar_cnn", "simclr", "barlow_twins", "vicreg", "moco_v3", "swav"):
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-14, atol=0)    # of all rows, on both
 
 

@@ -56,6 +56,16 @@ def test_takes_any_encoder(name):
     assert method.encoder(torch.zeros(2, 3, 32, 32)).shape == (2, method.encoder.dim)
 
 
+@pytest.mark.parametrize("name", ["colorization", "split_brain", "context_encoder", "video_colorization"])
+def test_a_vits_features_are_of_the_patches_that_learn(name):
+    """No loss of theirs reaches [CLS]."""
+    module = load(name)
+    encoder = module.build(module.Config(encoder="vit_micro/8")).encoder
+    vit = next(m for m in encoder.modules() if hasattr(m, "cls_token"))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(vit(x), vit.layers(x)[-1].mean((2, 3)), atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["slot_attention", "pixelcnn", "igpt"])
 def test_an_encoder_that_cannot_be_chosen_is_refused(name):
     with pytest.raises(SystemExit, match="--encoder resnet18 does not fit"):
@@ -69,6 +79,9 @@ def test_an_encoder_that_cannot_be_chosen_is_refused(name):
     ("igpt", dict(depth=3), "--layer 4: give 1 to 3"), ("igpt", dict(heads=3), "--width 64 is no multiple"),
     ("beit", dict(weights="any.pt"), "--weights does not fit"),
     ("ibot", dict(encoder="resnet_small"), "no ViT"), ("ibot", dict(mask="attmask_hint"), "of 16 patches"),
+    ("ibot", dict(size=15), "--size 15, --size_local 16: few pixels for patches of 8"),
+    ("dino", dict(encoder="vit_small/16", image_size=224), "--size 24, --size_local 16: few pixels"),
+    ("dino", dict(encoder="vit_micro/8", size_local=6), "--size 24, --size_local 6: few pixels"),
     ("dinosaur", dict(encoder="resnet18"), "no ViT"), ("spot", dict(encoder="resnet18"), "no ViT"),
     ("spot", dict(tune=5), "--tune 5: the encoder has 4 blocks"),
     ("context_encoder", dict(image_size=36), "does not fit: its map, doubled"),
@@ -228,6 +241,8 @@ def test_simclr_with_only_some_transformations():
     same = (flipped == normalise(x)).flatten(1).all(1)
     assert 0 < same.sum() < 40 and torch.equal(flipped[~same], normalise(x[~same].flip(3)))
     both = module.only("crop,color", options)
+    assert module.only("crop,blur", options | dict(scale=(.08, 1.), blur=.1))["scale"] == (.08, 1.)
+    assert [module.only("blur", options | dict(blur=p))["blur"] for p in (0., .1)] == [.5, .1]
     assert (both["scale"], both["p_jitter"], both["flip"], both["grey"]) == ((.2, 1.), .8, 0., 0.)
     with pytest.raises(SystemExit, match="--only sobel is unknown: give some of crop,flip,color"):
         module.only("crop,sobel", options)
@@ -239,6 +254,18 @@ def test_simclr_matrix_has_a_run_for_each_pair(tmp_path, monkeypatch):
     module.matrix(module.Config(out=str(tmp_path), matrix=True))
     assert len(pairs) == len(set(pairs)) == 6 * 7 // 2 and pairs[:2] == ["crop,crop", "crop,flip"]
     assert (tmp_path / "matrix.png").stat().st_size > 10_000
+
+
+def test_simclr_matrix_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    """--resume: the pairs that have begun are resumed, the others begin."""
+    module, resumed = load("simclr"), []
+    monkeypatch.setattr(module, "main", lambda cfg: resumed.append(cfg.resume) or dict(linear=50.))
+    for pair in "00", "01":
+        (tmp_path / "matrix" / pair / "simclr-toys-seed0").mkdir(parents=True)
+        (tmp_path / "matrix" / pair / "simclr-toys-seed0" / "checkpoint.pt").touch()
+    for resume in True, False:
+        module.matrix(module.Config(out=str(tmp_path), matrix=True, resume=resume))
+    assert resumed == [True] * 2 + [False] * 19 + [False] * 21
 
 
 # ---- byol

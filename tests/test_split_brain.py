@@ -205,6 +205,16 @@ def test_variants_learn(variant, tmp_path, monkeypatch):
     assert log["F1"] + log["F2"] == pytest.approx(log["loss"], abs=1e-4)
 
 
+@pytest.mark.parametrize("flags", ["--cell 3", "--cell 16", "--image_size 33"])
+def test_the_reference_is_of_the_cells_that_are_told(flags, tmp_path, monkeypatch):
+    """Of 32 pixels and strides of 8, cells of 3 are 4, of 16 are 8; of 33 pixels there are 5 x 5 places."""
+    grids, references = [], S.references
+    monkeypatch.setattr(S, "references", lambda m, lab, grid: grids.append(grid) or references(m, lab, grid))
+    method, _, _ = train("split_brain", tmp_path, monkeypatch, "--steps", "1", *flags.split(), images=100)
+    side = 33 if "33" in flags else 32
+    assert [grids[0]] * 2 == [out.shape[2:] for out in method.predict(torch.zeros(1, 3, side, side))]
+
+
 def test_cells_of_another_size():
     assert [out.shape[2:] for out in built(cell=8).predict(labs())] == [(4, 4)] * 2
     assert [out.shape[2:] for out in built(cell=2).predict(labs())] == [(16, 16)] * 2
