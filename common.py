@@ -134,6 +134,8 @@ def load_data(cfg: Config, device="cpu") -> Data:
         data = folder(Path(rest).expanduser(), cfg.image_size)
     else:
         fail(f"--data {cfg.data} is unknown: give toys, toys:SWITCHES, cifar10 or folder:PATH")
+    if data.images.ndim > 4 and "frames" not in type(cfg).data:
+        fail(f"--data {cfg.data} are clips, which video_colorization.py alone learns from")
     if world() > 1 and not rank():
         dist.barrier()
     return Data(*(x.to(device) if torch.is_tensor(x) else x for x in data))
@@ -379,8 +381,6 @@ class Run:
         self.method, self.data, self.reference = method.to(memory_format=torch.channels_last), data, reference
         self.untrained, self.optimizers = copy.deepcopy(method.encoder), optimizers
         self.per_epoch = len(data.images) // self.cfg.batch_size
-        if data.images.ndim > 4 and "frames" not in type(self.cfg).data:
-            fail(f"--data {self.cfg.data} are clips, which video_colorization.py alone learns from")
         if not self.per_epoch:
             fail(f"--batch_size {self.cfg.batch_size} is more than the {len(data.images)} training images")
         if self.cfg.batch_size == 1 and any(isinstance(m, nn.BatchNorm1d) for m in method.modules()):

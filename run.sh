@@ -8,9 +8,11 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=$(command -v python3 || command -v python) || { echo "run.sh: install Python 3.11 or newer first"; exit 1; }
+modern='import sys; sys.exit(sys.version_info < (3, 11))'
+"$python" -c "$modern" || { echo "run.sh: $("$python" -V) is too old: install Python 3.11 or newer first"; exit 1; }
 
 if ! "$python" -c "import torch" 2>/dev/null; then               # no active environment with torch: make one
-    [ -x "$here/.venv/bin/python" ] || "$python" -m venv "$here/.venv"
+    "$here/.venv/bin/python" -c "$modern" 2>/dev/null || "$python" -m venv --clear "$here/.venv"
     python=$here/.venv/bin/python
 fi
 if ! "$python" -c "import torch, einops, numpy, PIL, scipy, tqdm, matplotlib, pytest, xdist, hypothesis, ruff" 2>/dev/null; then

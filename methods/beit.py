@@ -17,7 +17,8 @@ Run      python methods/beit.py
          linear 28.0 ± 3.1 % (untrained 13.7; each seed at least +11), k-NN 21.8 ± 1.7 (11.7); 75 s on 2 cores
 Differs  a small dVAE of this file and of the same data, for DALL-E's; no stochastic depth; the keys' bias,
          which softmax cancels, stays; no jitter of colours; [CLS] decays, the tokenizer as much as the
-         rest; ImageNet's mean and deviation, not .5; the probe sees the mean of the patches.
+         rest; the rate ends at 0, not 1e-5; bilinear crops; ImageNet's mean and deviation, not .5; the probe
+         sees the mean of the patches.
 """
 import math
 import sys
@@ -171,10 +172,12 @@ def build(cfg):
     if cfg.weights:
         common.fail("--weights does not fit: this encoder gets relative positions and starts anew")
     encoder = make_encoder(cfg, pool="mean")
+    if round(cfg.ratio * (cfg.image_size // encoder.patch) ** 2) < 1:
+        common.fail(f"--ratio {cfg.ratio} hides no patch: give more, or smaller patches")
     return BEiT(encoder, DVAE(cfg.k, encoder.patch, cfg.words_dim))
 
 
-def first_stage(cfg, run, images):                               # -> a tokenizer, the same on all processes
+def first_stage(cfg, run, images):                               # -> a tokenizer, each process its own
     steps, dvae = math.ceil(cfg.first * run.total), build(cfg).tokenizer.requires_grad_(True).to(run.device)
     optimizer = make_optimizer(cfg, dvae)
     for step in range(steps):
@@ -216,7 +219,9 @@ def main(cfg):
     model = run.start(method, data, {f"ln {cfg.k}": math.log(cfg.k)}, optimizer)
     if not run.first:                                            # a resumed run has its tokenizer
         began = time.perf_counter()
-        method.tokenizer.load_state_dict(first_stage(cfg, run, data.images).state_dict())
+        state = first_stage(cfg, run, data.images).state_dict()
+        state = {k: common.gather(v[None])[0] for k, v in state.items()}         # of the first process
+        method.tokenizer.load_state_dict(state)
         run.seconds = time.perf_counter() - began
 
     for step, index in run.steps(len(data.images)):

@@ -88,7 +88,7 @@ def build(cfg):
 
 
 def first_stage(cfg, run, images):                               # -> encoder, words [K,C]
-    """RotNet, then k-means of its local features. Each process does all of it, with the same draws."""
+    """RotNet, then k-means of its local features. Each process does all of it; the first one's is taken."""
     encoder, steps = make_encoder(cfg), math.ceil(cfg.first * run.total)
     net = nn.Sequential(encoder, nn.Linear(encoder.dim, 4)).to(run.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(cfg, net)
@@ -115,8 +115,9 @@ def main(cfg):
     if not run.first:                                            # a resumed run has teacher and words
         began = time.perf_counter()
         encoder, words = first_stage(cfg, run, data.images)
-        method.teacher.load_state_dict(encoder.state_dict())
-        method.words.copy_(common.gather(words)[:cfg.k])         # those of the first process
+        state = {k: common.gather(v[None])[0] for k, v in encoder.state_dict().items()}
+        method.teacher.load_state_dict(state)                    # of the first process, as the words are
+        method.words.copy_(common.gather(words)[:cfg.k])
         run.seconds = time.perf_counter() - began
 
     for step, index in run.steps(len(data.images)):

@@ -19,7 +19,7 @@ Differs  the encoder is dino.py's small ViT of single toys, or --weights; featur
 """
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -93,8 +93,8 @@ def build(cfg):
     n, c = (cfg.image_size * cfg.times // encoder.patch) ** 2, encoder.dim
     decoders = dict(mlp=lambda: MLP(cfg.dim, c, n, cfg.hidden, cfg.relative),
                     autoregressive=lambda: Autoregressive(cfg.dim, c, n, cfg.depth, cfg.heads))
-    if cfg.decoder not in decoders:
-        common.fail(f"--decoder {cfg.decoder} is unknown: give mlp or autoregressive")
+    if cfg.decoder not in decoders or c % cfg.heads:
+        common.fail(f"--decoder {cfg.decoder}: give mlp or autoregressive, with --heads that divide {c}")
     return Dinosaur(encoder, decoders[cfg.decoder](), cfg.k, cfg.dim, cfg.rounds, cfg.times, cfg.norm)
 
 
@@ -116,8 +116,8 @@ def segment(method, images):                                     # uint8 [n,3,S,
 
 def main(cfg):
     run = Run(cfg, __file__)
-    data, cfg.weights = load_data(cfg, run.device), cfg.weights or (pretrained(cfg) if cfg.pretrain else "")
-    method = build(cfg).to(run.device)
+    data, weights = load_data(cfg, run.device), cfg.weights or (pretrained(cfg) if cfg.pretrain else "")
+    method = build(replace(cfg, weights=weights)).to(run.device)
     optimizer = make_optimizer(cfg, method)
     test = data.test_images[:500]
     h, (before, _) = method.features(normalise(test)), segment(method, test)     # [500,N,C], [500,K,S,S]

@@ -13,11 +13,11 @@ colour tells no things apart; leaving a slot empty: one that is to spare shares 
 Run      python methods/slot_attention.py
          ARI .63 ± .02 (untrained -.02; four equal blocks .02), mBO .46 ± .01 (.09; .16), FG-ARI .52 ± .02
          (.12; .46), of the attention .56 ± .02, each seed above both; 156 s on 2 cores
-Differs  positions in the decoder count from the mean of each slot's attention, in its standard deviations, as
-         in Invariant Slot Attention (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the
-         middle of the image (paper: its sides). Squares and product of positions enter, in the encoder, too;
-         images are mirrored at random; a cosine for a halving rate; a linear layer and a ReLU before the
-         decoder; the quick run clips gradients, has two convolutions, its decoder 1 x 1 ones on 16 x 16.
+Differs  the decoder's positions count from the mean of each slot's attention, in its standard deviations, as
+         Invariant Slot Attention's (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the
+         image's middle (paper: its sides). Squares and products of positions enter, the encoder's too; pixels
+         have ImageNet's mean and deviation, views are mirrored; a cosine for a halving rate; a linear layer,
+         a ReLU before the decoder; quick: clipped gradients, two convolutions, a 1 x 1 decoder of 16 x 16.
 """
 import sys
 from dataclasses import dataclass

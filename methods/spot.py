@@ -27,7 +27,7 @@ Differs  the encoder is a small ViT that dino.py trains on single toys, first, u
 import copy
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -164,6 +164,8 @@ def build(cfg):
     n, c = (cfg.image_size * cfg.times // encoder.patch) ** 2, encoder.dim
     if cfg.decoder not in ("autoregressive", "parallel", "mlp"):
         common.fail(f"--decoder {cfg.decoder} is unknown: give autoregressive, parallel or mlp")
+    if c % cfg.heads:
+        common.fail(f"--heads {cfg.heads}: the decoder is as wide as the encoder, {c}, which is no multiple")
 
     def decoder():
         if cfg.decoder == "mlp":
@@ -172,8 +174,7 @@ def build(cfg):
 
     if cfg.teacher >= 1:
         common.fail(f"--teacher {cfg.teacher} leaves no step for the student: give a part below 1")
-    weight = cfg.attention if cfg.teacher else 0.
-    return SPOT(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.times, cfg.norm, cfg.tune, weight)
+    return SPOT(encoder, decoder, cfg.k, cfg.dim, cfg.rounds, cfg.times, cfg.norm, cfg.tune, cfg.attention)
 
 
 def pretrained(cfg):                                             # -> the file with the encoder's weights
@@ -202,14 +203,15 @@ def main(cfg):
     run = Run(cfg, __file__)
     if common.world() > 1:
         common.fail("two networks learn in turn, which takes one process: run it without torchrun")
-    data, cfg.weights = load_data(cfg, run.device), cfg.weights or (pretrained(cfg) if cfg.pretrain else "")
-    method = build(cfg).to(run.device)
+    data, weights = load_data(cfg, run.device), cfg.weights or (pretrained(cfg) if cfg.pretrain else "")
+    method = build(replace(cfg, weights=weights)).to(run.device)
     optimizer = make_optimizer(cfg, method)
     test = data.test_images[:500]
     v = normalise(test)
     h, before = method.features(v)[0], method.eval().segment(v, 1)["A_DEC, teacher"]     # [n,N,C], [n,K,N]
     model = run.start(method.train(), data, {"mean feature": h.var(0).mean().item()}, optimizer)
     stage = int(cfg.teacher * run.total)                         # the first step of the student
+    method.weight *= stage > 0                                   # where no step is a teacher's
 
     for step, index in run.steps(len(data.images)):
         x = data.images[index]                                   # [B,3,S,S] uint8

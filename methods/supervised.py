@@ -85,8 +85,8 @@ def main(cfg):
         run.log(loss, h=method.h)
 
     predicted = torch.cat([method.predict(normalise(x)) for x in data.test_images.split(500)])
-    rows = {name: data.test_images[predicted == i][:10] for i, name in enumerate(data.classes[:10])}
-    rows = {name: x for name, x in rows.items() if len(x)}
+    told = predicted.unique().tolist()[:10]
+    rows = {data.classes[i]: data.test_images[predicted == i][:10] for i in told}
     common.save_grid(run.folder / "predictions.png", rows, "test images by predicted class")
     return run.finish(accuracy=common.percent(predicted, data.test_labels))
 

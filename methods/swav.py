@@ -113,7 +113,7 @@ def clusters(method, images, rows=8, n=10):
     z = method.eval().projector(common.features(method.encoder, images))         # [N,P]
     s = method.prototypes(F.normalize(z, dim=1))                 # [N,K]
     most = s.argmax(1).bincount(minlength=s.shape[1]).topk(min(rows, s.shape[1])).indices         # [rows]
-    return {f"prototype {k}": images[s[:, k].topk(n).indices] for k in most.tolist()}
+    return {f"prototype {k}": images[s[:, k].topk(min(n, len(s))).indices] for k in most.tolist()}
 
 
 def main(cfg):

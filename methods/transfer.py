@@ -13,7 +13,7 @@ Good at: telling what pre-training is worth, beside the same network from scratc
 
 Run      python methods/transfer.py --run runs/rotnet-toys-seed0 --labels .01 --lr 3e-3 --steps 900
          200 labels: 58.9 ± 1.8 % fine-tuned, 37.5 ± 2.3 frozen and probed; from scratch 31.5 ± 2.2
-Differs  crop and flip alone, no stochastic depth; [CLS], positions decay; quick: one rate for all layers.
+Differs  crop and flip alone, no stochastic depth; [CLS], positions decay; norm before the patches' mean.
 """
 import importlib
 import json
@@ -38,7 +38,8 @@ from kernels.views import normalise, views
 
 @dataclass
 class Config(common.Config):
-    run: str = ""                  # folder of a finished run: its encoder and size, by default its data
+    data: str = ""                 # by default that of --run, else toys; also cifar10, folder:PATH
+    run: str = ""                  # folder of a finished run: its encoder and size
     scratch: bool = False          # forget what --run has learned: the same network, untrained
     cls: bool = False              # without --run: a ViT's [CLS] token, not the mean of its patches
     labels: float = 1.             # share of the labelled images, of each class
@@ -100,14 +101,13 @@ def by_layer(method, decay, weight_decay):                       # -> parameter 
 
 def main(cfg):
     torch.manual_seed(cfg.seed)
-    if cfg.run and cfg.weights:
-        common.fail("--run and --weights are two networks: give one of them")
+    if cfg.run and cfg.weights or cfg.optimizer != "adamw":
+        common.fail("give --run or --weights, not both, and no --optimizer but adamw")
     encoder, source = pretrained(cfg.run, cfg.scratch) if cfg.run or cfg.scratch else (None, cfg)
-    if cfg.run:                                                  # its data and folder where none are named
-        cfg.encoder, cfg.image_size = source.encoder, source.image_size
-        cfg.weights = "" if cfg.scratch else f"{cfg.run}/encoder.pt"
-        for name, own in dict(data=source.data, data_dir=source.data_dir, out=cfg.run).items():
-            setattr(cfg, name, own if getattr(cfg, name) == getattr(Config, name) else getattr(cfg, name))
+    cfg.encoder, cfg.image_size = source.encoder, source.image_size
+    cfg.weights = f"{cfg.run}/encoder.pt" * (not cfg.scratch) if cfg.run else cfg.weights
+    for k, own in dict(data=source.data or "toys", data_dir=source.data_dir, out=cfg.run or cfg.out).items():
+        setattr(cfg, k, own if getattr(cfg, k) == getattr(Config, k) else getattr(cfg, k))     # unless named
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     if data.labels is None:
@@ -116,7 +116,8 @@ def main(cfg):
     masks = None if data.masks is None else data.masks[chosen]
     data = data._replace(images=data.images[chosen], labels=data.labels[chosen], masks=masks)
     method = build(cfg, encoder, len(data.classes)).to(run.device)
-    optimizer = torch.optim.AdamW(by_layer(method, cfg.decay ** bool(cfg.weights), cfg.weight_decay), cfg.lr)
+    optimizer = torch.optim.AdamW(by_layer(method, cfg.decay ** bool(cfg.weights), cfg.weight_decay), cfg.lr,
+                                  betas=(cfg.momentum, cfg.beta2))
     model = run.start(method, data, {"ln classes": math.log(len(data.classes))}, optimizer)
 
     for step, index in run.steps(len(data.images)):

@@ -211,6 +211,8 @@ def inpainting():
     for module in (context_encoder, mae):
         method = module.build(module.Config())
         file = ROOT / f"runs/{module.__name__}-toys-seed0/checkpoint.pt"
+        if not file.exists():
+            subprocess.run([sys.executable, f"methods/{module.__name__}.py"], cwd=ROOT, check=True)
         method.load_state_dict(torch.load(file, weights_only=True)["model"])
         methods.append(method)
     v, mask = normalise(x), context_encoder.draw_masks(context_encoder.Config(), len(x))
@@ -233,11 +235,15 @@ def matrix():
     shutil.copy(ROOT / "runs/matrix.png", ROOT / "results/matrix.png")
 
 
-if __name__ == "__main__":
+def main(name="", *seeds):
     lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, label_efficiency, tenth, attmask, objects)}
-    if sys.argv[1:2] in (["matrix"], ["inpainting"]):
-        dict(matrix=matrix, inpainting=inpainting)[sys.argv[1]]()
-    elif sys.argv[1:] and sys.argv[1] in lessons:
-        lessons[sys.argv[1]](sys.argv[2:])
+    if name in lessons and re.fullmatch(r"(--seed \d+)?", " ".join(seeds)):
+        lessons[name](list(seeds))
+    elif name in ("matrix", "inpainting") and not seeds:
+        dict(matrix=matrix, inpainting=inpainting)[name]()
     else:
-        print(__doc__)
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -53,7 +53,8 @@ def train(name, tmp_path, monkeypatch, *flags, images=64, stop=0):
     monkeypatch.setattr(common.Run, "finish", lambda self, **extra: seen.append(self) or {})
     monkeypatch.setattr(common, "probe", lambda *args: dict(knn=0., linear=0.))
     monkeypatch.setattr(common.Run, "finite", lambda self, loss: losses.append(loss.item()) or loss)
-    data = module.Config.data + (":" if module.Config.data == "toys" else ",") + f"n={images}"
+    world = module.Config.data or "toys"
+    data = world + (":" if world == "toys" else ",") + f"n={images}"
     argv = ["--data", data, "--batch_size", str(images), "--out", str(tmp_path), *flags]
     with as_on_a_laptop(), monkeypatch.context() as patch:
         patch.setattr(common.Run, "steps", some)

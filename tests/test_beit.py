@@ -182,6 +182,15 @@ def test_first_stage_trains_the_tokenizer_which_then_stands(tmp_path, monkeypatc
         assert torch.equal(method.tokenizer.state_dict()[name], value), name
 
 
+def test_of_several_processes_the_first_gives_the_tokenizer(tmp_path, monkeypatch):
+    """Each trains its own, which on a GPU are not the same to the bit."""
+    dvae = beit.build(beit.Config(k=8)).tokenizer
+    monkeypatch.setattr(beit, "first_stage", lambda *a: dvae)
+    monkeypatch.setattr(beit.common, "gather", lambda z: torch.cat([1 + z, z]))
+    method, _, _ = train("beit", tmp_path, monkeypatch, "--steps", "1", "--k", "8", images=16)
+    assert all(v.equal(1 + dvae.state_dict()[k]) for k, v in method.tokenizer.state_dict().items())
+
+
 def test_first_stage_is_timed_and_not_repeated_by_a_resumed_run(tmp_path, monkeypatch):
     def slow(cfg, run, images):
         time.sleep(1)

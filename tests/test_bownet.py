@@ -125,6 +125,16 @@ def test_first_stage_trains_the_teacher_which_then_stands(tmp_path, monkeypatch)
     assert encoder.bn1.num_batches_tracked == 4 and method.encoder.bn1.num_batches_tracked == 12
 
 
+def test_of_several_processes_the_first_gives_teacher_and_words(tmp_path, monkeypatch):
+    """Each trains its own, which on a GPU are not the same to the bit."""
+    encoder, words = bownet.make_encoder(bownet.Config()), torch.rand(8, 64)
+    monkeypatch.setattr(bownet, "first_stage", lambda *a: (encoder, words))
+    monkeypatch.setattr(bownet.common, "gather", lambda z: torch.cat([1 + z, z]))
+    method, _, _ = train("bownet", tmp_path, monkeypatch, "--steps", "1", "--k", "8", images=16)
+    assert all(v.equal(1 + encoder.state_dict()[k]) for k, v in method.teacher.state_dict().items())
+    assert method.words.equal(1 + words)
+
+
 def test_first_stage_is_timed_and_not_repeated_by_a_resumed_run(tmp_path, monkeypatch):
     def slow(cfg, run, images):
         time.sleep(1)

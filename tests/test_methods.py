@@ -77,7 +77,7 @@ def test_an_encoder_that_cannot_be_chosen_is_refused(name):
 @pytest.mark.parametrize("name, flags, why", [
     ("pixelcnn", dict(width=40), "--width 40 would show"), ("pixelcnn", dict(layer=6), "--layer 6: give 1"),
     ("igpt", dict(depth=3), "--layer 4: give 1 to 3"), ("igpt", dict(heads=3), "--width 64 is no multiple"),
-    ("beit", dict(weights="any.pt"), "--weights does not fit"),
+    ("beit", dict(weights="any.pt"), "--weights does not fit"), ("beit", dict(ratio=.005), "hides no patch"),
     ("ibot", dict(encoder="resnet_small"), "no ViT"), ("ibot", dict(mask="attmask_hint"), "of 16 patches"),
     ("ibot", dict(size=15), "--size 15, --size_local 16: few pixels for patches of 8"),
     ("dino", dict(encoder="vit_small/16", image_size=224), "--size 24, --size_local 16: few pixels"),
@@ -101,9 +101,10 @@ def test_numbers_that_no_method_can_use_are_refused(name, flags, capsys):
     assert e.value.code == 2 and f"error: {flags.split()[0]} is" in capsys.readouterr().err
 
 
-def test_clips_are_refused_by_all_methods_but_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"video_colorization"}))
+def test_clips_are_refused_by_all_methods_but_one(name, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="clips, which video_colorization.py alone"):
-        train("rotnet", tmp_path, monkeypatch, "--data", "toys:frames=2,n=64")
+        train(name, tmp_path, monkeypatch, "--data", "toys:frames=2,n=64", *UNTAUGHT.get(name, []))
 
 
 @pytest.mark.parametrize("name", ["simmim", "dino", "spot"])
@@ -210,6 +211,19 @@ def test_supervised_starts_at_ln_classes_and_refuses_other_classes(tmp_path):
     assert loss.item() == pytest.approx(math.log(10), abs=1e-6)
     with pytest.raises(SystemExit, match="give --classes 10"):
         module.main(module.Config(data="toys:n=100", batch_size=50, classes=7, out=str(tmp_path)))
+
+
+def test_supervised_shows_the_classes_that_it_tells(tmp_path, monkeypatch):
+    """Even if none is among the first ten."""
+    module, drawn = load("supervised"), []
+    def classes(cfg, device):
+        data = common.load_data(cfg)
+        return data._replace(classes=tuple(f"class {i}" for i in range(12)))
+    monkeypatch.setattr(module, "load_data", classes)
+    monkeypatch.setattr(module.Supervised, "predict", lambda self, x: torch.full((len(x),), 11))
+    monkeypatch.setattr(common, "save_grid", lambda path, rows, note: drawn.append(rows))
+    train("supervised", tmp_path, monkeypatch, "--classes", "12", "--steps", "1")
+    assert list(drawn[0]) == ["class 11"] and len(drawn[0]["class 11"]) == 10
 
 
 # ---- simclr

@@ -127,8 +127,31 @@ def test_dinosaur_learns_with_either_decoder(decoder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dinosaur", "spot"])
 def test_an_unknown_decoder_is_refused(name):
-    with pytest.raises(SystemExit, match="--decoder magic is unknown: give"):
+    with pytest.raises(SystemExit, match="--decoder magic.*: give"):
         small(name, decoder="magic")
+
+
+@pytest.mark.parametrize("name", ["dinosaur", "spot"])
+def test_heads_that_do_not_fit_the_decoder_are_refused(name):
+    with pytest.raises(SystemExit, match="--heads.*128"):
+        small(name, decoder="autoregressive", heads=5)
+
+
+@pytest.mark.parametrize("name", ["dinosaur", "spot"])
+def test_a_run_keeps_no_path_of_the_encoder_it_found(name, tmp_path, monkeypatch):
+    """So that its folder may move; what it has learned there is in the checkpoint."""
+    module, (here, there) = load(name), (tmp_path / "a", tmp_path / "b")
+    for folder in here, there:
+        folder.mkdir()
+        torch.save(load("dino").build(load("dino").Config(encoder="vit_micro/8")).encoder.state_dict(),
+                   folder / "encoder.pt")
+    monkeypatch.setattr(module, "pretrained", lambda cfg: f"{cfg.out}/encoder.pt")
+    flags = "--image_size", "16", "--steps", "2"
+    train(name, here, monkeypatch, *flags, stop=1)
+    (folder,) = here.glob(f"{name}-*")
+    folder.rename(there / folder.name)
+    _, losses, _ = train(name, there, monkeypatch, *flags, "--resume")
+    assert len(losses) == 1
 
 
 # ---- spot
@@ -228,6 +251,11 @@ def test_spot_without_a_teacher_learns_by_reconstruction_alone(tmp_path, monkeyp
     flags = ["--no-pretrain", "--teacher", "0", "--steps", "1"]
     method, _, last = train("spot", tmp_path, monkeypatch, *flags)
     assert method.graduated and last["att"] == 0 and last["loss"] == last["rec"]
+
+
+def test_a_teacher_of_no_step_teaches_nothing(tmp_path, monkeypatch):
+    method, _, last = train("spot", tmp_path, monkeypatch, "--no-pretrain", "--teacher", ".1", "--steps", "2")
+    assert last["att"] == method.weight == 0 and last["loss"] == last["rec"]
 
 
 @pytest.mark.parametrize("name", ["dinosaur", "spot"])

@@ -240,6 +240,16 @@ def test_every_run_beats_its_own_untrained_encoder(row):
         assert row[f"fg_ari, {who}"] > row.get("fg_ari, k-means", 0)
 
 
+def test_run_sh_names_the_python_that_it_needs(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.18 && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    run = subprocess.run([ROOT / "run.sh", "mae"], env=env, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stdout == "run.sh: Python 3.9.18 is too old: install Python 3.11 or newer first\n"
+
+
 def test_run_sh_trains_and_names_what_there_is(tmp_path):
     flags = ["--data", "toys:n=200", "--batch_size", "16", "--steps", "2", "--out", str(tmp_path)]
     run = subprocess.run([ROOT / "run.sh", "mae", *flags], cwd=tmp_path, capture_output=True, text=True)

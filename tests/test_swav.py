@@ -168,3 +168,4 @@ def test_picture_shows_the_images_nearest_to_the_prototypes_most_used():
     rows = swav.clusters(m, images, rows=2, n=3)
     assert list(rows) == ["prototype 0", "prototype 1"]
     assert all(x.shape == (3, 3, 4, 4) and x[:, k].amin() > 0 for k, x in enumerate(rows.values()))
+    assert len(swav.clusters(m, images[:2], n=3)["prototype 0"]) == 2    # there are no more

@@ -105,9 +105,22 @@ def test_where_it_writes_and_where_data_lie_can_be_said_beside_a_run(run, tmp_pa
     assert seen[0].data_dir == "elsewhere" and seen[0].data == "toys:n=100"
 
 
-def test_two_networks_are_one_too_many(run):
-    with pytest.raises(SystemExit, match="--run and --weights are two networks"):
-        transfer.main(common.parse(transfer.Config, transfer.PAPER, ["--run", str(run), "--weights", "x.pt"]))
+@pytest.mark.parametrize("flags", ["--weights x.pt", "--optimizer sgd"])
+def test_two_networks_are_one_too_many_and_another_optimizer_is_none(run, flags):
+    with pytest.raises(SystemExit, match="give --run or --weights, not both, and no --optimizer but adamw"):
+        transfer.main(common.parse(transfer.Config, transfer.PAPER, ["--run", str(run), *flags.split()]))
+
+
+def test_toys_can_be_named_beside_a_run_on_other_data(run, monkeypatch):
+    """They are not mistaken for what a run without --data has."""
+    seen, fail = [], common.fail
+    monkeypatch.setattr(transfer, "load_data", lambda cfg, device: seen.append(cfg.data) or fail("stop"))
+    for flags in [], ["--data", "toys"], ["--data", "cifar10"]:
+        with pytest.raises(SystemExit, match="stop"):
+            transfer.main(common.parse(transfer.Config, transfer.PAPER, ["--run", str(run), *flags]))
+    with pytest.raises(SystemExit, match="stop"):
+        transfer.main(common.parse(transfer.Config, transfer.PAPER, ["--out", str(run)]))
+    assert seen == ["toys:n=100", "toys", "cifar10", "toys"]
 
 
 def test_before_fine_tuning_stand_the_runs_own_figures(run, monkeypatch, capsys):
@@ -332,6 +345,15 @@ def lessons(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "run_one", run_one)
     monkeypatch.setattr(module.subprocess, "run", lambda words, **o: ran.append(words[1:]))
     return module, ran, tmp_path
+
+
+@pytest.mark.parametrize("words", [
+    "", "mask", "tenth 7", "tenth --seed=0", "attmask --sed 0", "matrix --seed 1"])
+def test_a_lesson_that_is_none_starts_no_run(lessons, words):
+    module, ran, _ = lessons
+    with pytest.raises(SystemExit, match="Lessons of the lecture"):
+        module.main(*words.split())
+    assert not ran
 
 
 def test_label_efficiency_runs_what_is_missing_and_draws(lessons):
