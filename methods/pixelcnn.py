@@ -9,8 +9,8 @@ and two stacks v and h; a single one is blind to a part of what is above to the 
                  +-> h: row to the left, A ----> h: mask B -----> ... [B,D,H,W] --head, B--> [B,256,3,H,W]
                  '------ the values 0 to 255, red, green, blue in order <--loss, bits per dimension-'
 
-Good at: exact likelihoods of small images. Not at: speed, a sample takes 3HW passes; features: those of the
-first layer get better, deeper ones are about the next value alone and worse than before training.
+Good at: exact likelihoods of small images. Not at: speed, a sample takes 3HW passes; features: on the toys
+those of the first layer get better, deeper ones are about the next value alone and get worse.
 
 Run      python methods/pixelcnn.py
          5.43 ± .10 bits per dimension (histogram 7.67); 72 s on 2 cores
