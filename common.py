@@ -236,7 +236,8 @@ def folder(root: Path, size: int) -> Data:
     parts = [f.relative_to(root).parts for f in files if f not in broken]  # (split?, class, ..., name)
     split = (tops := {p[0] for p in parts}) in ({"train", "val"}, {"train", "test"}, {"train", "val", "test"})
     test = torch.tensor([p[0] != "train" if split else i % 10 == 9 for i, p in enumerate(parts)])
-    if not split and {t.lower() for t in tops} <= {"train", "val", "valid", "test", "unlabeled"}:
+    nested = any(len(p) > 2 and p[0].lower().startswith("train") for p in parts)     # train/CLASS/NAME
+    if not split and (nested or {t.lower() for t in tops} <= {"train", "val", "valid", "test", "unlabeled"}):
         fail(f"{root} has {sorted(tops)}: give train/ and val/ or test/, or one of these folders by itself")
     classes = tuple(sorted({p[split] for p in parts if len(p) > 1 + split}))
     if len(classes) > 1 and (stray := [p for p in parts if len(p) == 1 + split]):
@@ -346,8 +347,7 @@ class Run:
     def __init__(self, cfg: Config, file: str):
         self.cfg, self.name, self.source = cfg, Path(file).stem, Path(file).read_text()
         self.device, self.first, self.seconds, self.last, self.warned = pick_device(cfg), 0, 0., {}, set()
-        on_gpu = self.device.type == "cuda"
-        if on_gpu:
+        if on_gpu := self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if "RANK" in os.environ and not dist.is_initialized():   # under torchrun
             dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -492,9 +492,9 @@ class Run:
         if not all(p.isfinite().all() for p in self.method.parameters()):
             fail(f"the weights are not finite after step {self.step}: lower --lr or try --precision fp32")
         if not rank():
-            state = dict(method=self.name, step=self.step + 1, config=asdict(self.cfg), source=self.source,
-                         seconds=self.seconds, last=self.last, model=self.method.state_dict(),
-                         optimizers=[o.state_dict() for o in self.optimizers])
+            state = dict(method=self.name, step=self.step + 1, source=self.source, seconds=self.seconds,
+                         config=asdict(self.cfg) | dict(images=len(self.data.images)), last=self.last,
+                         model=self.method.state_dict(), optimizers=[o.state_dict() for o in self.optimizers])
             self.write(self.checkpoint, lambda f: torch.save(state, f))
 
     def load(self):
@@ -504,15 +504,15 @@ class Run:
             state = read_checkpoint(self.checkpoint)
             if state.get("method") != self.name:
                 fail(f"{self.checkpoint} is one of {state.get('method')}, not {self.name}: change --out")
-            for key, value in asdict(self.cfg).items():
+            for key, value in (asdict(self.cfg) | dict(images=len(self.data.images))).items():
                 if key not in MAY_CHANGE and value != (old := state["config"].get(key)):
-                    fail(f"the checkpoint was made with --{key} {old}, not {value}: resume with the same")
+                    fail(f"the checkpoint was made with {key} {old}, not {value}: resume with the same")
             self.method.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-        except (RuntimeError, ValueError, KeyError) as e:
+            self.first, self.seconds, self.last = state["step"], state["seconds"], state["last"]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
             fail(f"cannot resume: {str(e).splitlines()[0]} ({self.checkpoint}; has the script changed?)")
-        self.first, self.seconds, self.last = state["step"], state["seconds"], state["last"]
         self.print(f"resumed at step {self.first}")
 
     def probe_layers(self) -> dict:

@@ -16,7 +16,7 @@ if ! "$python" -c "import torch" 2>/dev/null; then               # no active env
     python=$here/.venv/bin/python
 fi
 if ! "$python" -c "import torch, einops, numpy, PIL, scipy, tqdm, matplotlib, pytest, xdist, hypothesis, ruff" 2>/dev/null; then
-    "$python" -c "import torch" 2>/dev/null && skip='^torch' || skip='^$'        # a torch that is there stays
+    "$python" -c "import torch" 2>/dev/null && skip='^torch\|^triton' || skip='^$'      # what is there stays
     grep -v "$skip" "$here/requirements.txt" | "$python" -m pip install -r /dev/stdin
 fi
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
+    import triton.knobs
     import triton.language as tl
 except ImportError:
     triton = None                                                 # every call then runs in PyTorch

@@ -189,7 +189,7 @@ class ViT(nn.Module):
 RESNETS = dict(resnet_small=((1, 1, 1), 32, 1), resnet18=((2, 2, 2, 2), 64, 1),
                resnet50=((3, 4, 6, 3), 64, 4))                   # blocks a stage, width, expansion
 VITS = dict(vit_micro=(128, 4, 4), vit_tiny=(192, 12, 3), vit_small=(384, 12, 6), vit_base=(768, 12, 12),
-            vit_large=(1024, 24, 16))                            # width, depth, heads
+            vit_large=(1024, 24, 16), vit_small_moco=(384, 12, 12))      # width, depth, heads; MoCo v3's
 
 
 def create_encoder(name: str, image_size: int, **vit_options) -> nn.Module:
@@ -225,6 +225,8 @@ def load_weights(encoder: nn.Module, file) -> nn.Module:
     """Published weights (torchvision, timm, DINO, MAE, our encoder.pt) into `encoder`, strictly: all of it
     must be there and fit, else ValueError. Heads and decoders are left out; positions are resized."""
     state = read_checkpoint(file)
+    if state.get("arch") == "vit_small" and isinstance(encoder, ViT) and encoder.blocks[0].attn.heads == 6:
+        raise ValueError(f"{file} is MoCo v3's, whose ViT-S has 12 heads: give --encoder vit_small_moco/16")
     for key in ("model", "state_dict", "teacher"):
         state = state[key] if isinstance(state.get(key), dict) else state
     wrapped = r"^((module|backbone|encoder|encoder_q|base_encoder)\.)+"
@@ -234,7 +236,7 @@ def load_weights(encoder: nn.Module, file) -> nn.Module:
     if torch.is_tensor(pos := state.get("pos_embed")) and isinstance(encoder, ViT):
         side = math.isqrt(encoder.pos_embed.shape[1] - 1)
         n = pos.shape[1] - 1 if pos.ndim == 3 else 0
-        if n < 1 or n != math.isqrt(n) ** 2:
+        if n < 1 or n != math.isqrt(n) ** 2 or len(pos) > 1 or not pos.is_floating_point():
             raise ValueError(f"{file} does not fit: positions {list(pos.shape)} are no [CLS] and a square")
         state["pos_embed"] = torch.cat([pos[:, :1], resize_positions(pos[:, 1:], side, side)], 1)
     try:

@@ -20,7 +20,7 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float =
 
 def percent(predicted: Tensor, y: Tensor) -> float:
     """How many of the classes [N] are told right, in %."""
-    return round(100 * (predicted == y).double().mean().item(), 2)
+    return round(100 * (predicted == y).cpu().double().mean().item(), 2)
 
 
 def some_of_each_class(labels: Tensor, share: float) -> Tensor:

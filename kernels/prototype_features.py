@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 try:
-    import triton
+    import triton.knobs
     import triton.language as tl
 except ImportError:
     triton = None                                                 # every call then runs in PyTorch

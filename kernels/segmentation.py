@@ -25,7 +25,8 @@ def shared_pixels(predicted: Tensor, truth: Tensor) -> Tensor:
     """n [B,T+1,K], float64: how many pixels are in mask i of the truth and mask j of the prediction."""
     if predicted.shape != truth.shape or predicted.ndim != 3:
         raise ValueError(f"masks must be [B,H,W] alike, got {list(predicted.shape)} and {list(truth.shape)}")
-    p, t = predicted.flatten(1).long(), truth.flatten(1).long()  # [B,HW]
+    p, t = (x.cpu() if x.is_mps else x for x in (predicted, truth))      # MPS has no float64
+    p, t = p.flatten(1).long(), t.flatten(1).long()              # [B,HW]
     seen = t != IGNORE
     t = t.where(seen, 0)
     rows = F.one_hot(t, int(t.max()) + 1).double() * seen[..., None]     # [B,HW,T+1]
@@ -64,8 +65,8 @@ def mbo(n: Tensor) -> Tensor:
 def miou(n: Tensor) -> Tensor:
     """Mean IoU [B] of the objects in the best one-to-one assignment, 0 for those that get no mask."""
     overlap, there = iou(n)
-    best = [o[linear_sum_assignment(o, maximize=True)].sum() for o in overlap.cpu()]     # absent rows are 0
-    return torch.stack(best).to(n.device) / there.sum(1)
+    best = [o[linear_sum_assignment(o, maximize=True)].sum().item() for o in overlap.cpu()]  # absent rows: 0
+    return n.new_tensor(best) / there.sum(1)
 
 
 def scores(predicted: Tensor, truth: Tensor) -> dict[str, float]:
@@ -95,5 +96,5 @@ def compare(found: dict[str, Tensor], truth: Tensor | None) -> dict[str, float]:
 
 def clusters(h: Tensor, k: int) -> Tensor:
     """Masks [B,K,N] by k-means of the features [B,N,C] of each image alone: what needs no learning."""
-    y = [torch.from_numpy(kmeans2(one.numpy(), k, minit="++", seed=0)[1]) for one in h.double().cpu()]
+    y = [torch.from_numpy(kmeans2(one.numpy(), k, minit="++", seed=0)[1]) for one in h.cpu().double()]
     return F.one_hot(torch.stack(y).long(), k).mT.to(h.device)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 try:
-    import triton
+    import triton.knobs
     import triton.language as tl
 except ImportError:
     triton = None                                                 # every call then runs in PyTorch

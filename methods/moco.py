@@ -57,7 +57,7 @@ class Config(common.Config):
     blur: float = 0.               # probability of a Gaussian blur, for images of 64 px and more
 
 
-# Official code, version 2. Version 3, a ViT-S, which there has 12 heads: --version 3 --encoder vit_small
+# Official code, version 2. Version 3, a ViT-S of 12 heads: --version 3 --encoder vit_small_moco/16
 # --epochs 300 --warmup .133 --batch_size 4096 --optimizer adamw --lr 2.4e-3 --weight_decay .1 --hidden 4096
 # --dim 256 --m .99 --crop .08. Version 1: --version 1 --tau .07 --blur 0.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="resnet50", epochs=200, batch_size=256,

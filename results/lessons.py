@@ -54,6 +54,12 @@ def once(words, file, folder):
         run_one(words, file, ROOT.glob(f"runs/{folder}/result.json"))
 
 
+def run_these(names, more):
+    """What is missing of them; stops where a run has failed."""
+    if failed := run_all(names, more):
+        sys.exit("failed:\n" + "\n".join(failed))
+
+
 def tune(start, share, seed, file, *more):
     """Fine-tune a run, or train an encoder from scratch, with a share of the labels."""
     folder = start[1].removeprefix("runs/") + "/" if start[0] == "--run" else ""
@@ -80,7 +86,7 @@ def draw(rows, path):
 
 def batch_sizes(seeds):
     for size in SIZES:
-        run_all([f"variants-batch_sizes:{name}" for name in METHODS], flags(size) + seeds)
+        run_these([f"variants-batch_sizes:{name}" for name in METHODS], flags(size) + seeds)
     draw(read(ROOT / "results/variants-batch_sizes.jsonl"), ROOT / "results/batch_sizes.png")
 
 
@@ -175,7 +181,7 @@ def attmask(seeds):
     for share in ("1", ".2", ".1", ".05"):
         for mask in ("block", "random", "attmask_high", "attmask_low"):
             if (share, mask) != ("1", "block"):
-                run_all(["variants-attmask:ibot"], ["--mask", mask, "--share", share] + seeds)
+                run_these(["variants-attmask:ibot"], ["--mask", mask, "--share", share] + seeds)
 
 
 def objects(seeds):
@@ -195,7 +201,7 @@ def objects(seeds):
                 subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
             spot("--weights", weights)
     for steps in ([], ["--steps", "4400"]):
-        run_all(["variants-spot:spot"], ["--decoder", "autoregressive", *steps, *seeds])
+        run_these(["variants-spot:spot"], ["--decoder", "autoregressive", *steps, *seeds])
 
 
 def inpainting():

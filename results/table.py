@@ -239,8 +239,14 @@ def variants_table(file):
     return "\n".join(lines + ["", source(file)])
 
 
+def kernel_tables(path):
+    """What bench.py measured last on each machine, GPUs first."""
+    files = sorted(path.parent.glob(f"{path.name}-*.jsonl"), key=lambda f: (f.stem == "kernels-cpu", f.name))
+    return "\n\n".join(map(kernel_table, files)) or "Not measured yet."
+
+
 def kernel_table(file):
-    """What bench.py measured last: a line for each way to compute the same."""
+    """A line for each way to compute the same."""
     rows = list({(r["name"], r["shape"], r["way"]): r for r in read(file)}.values())
     lines = head(["what", "shape", "how", "ms (20 to 80 %)", "of bound", "extra MiB", "images/s"])
     for r in rows:
@@ -257,7 +263,7 @@ def kernel_table(file):
 
 def readme(text):
     """`text` with the table of each results file, or another view of it, between its marks."""
-    views = dict(kernels=kernel_table, variants=variants_table, logs=curves_shown, layers=layers_table,
+    views = dict(kernels=kernel_tables, variants=variants_table, logs=curves_shown, layers=layers_table,
                  objects=objects_table, tenth=tenth_table)
 
     def fill(m):
@@ -282,13 +288,16 @@ def origin():
 
 
 def run_all(names, flags):
-    """What has no line yet. The flags go to every method; the data among them names the file, or names[0].
-    The first seed has the machine for itself, so that its seconds count; then the others run side by side."""
+    """What has no line yet -> the commands that failed. The flags go to every method; the data among them
+    names the file, or names[0]. The first seed has the machine for itself, so that its seconds count; then
+    the others run side by side."""
+    flags = [w for f in flags for w in (f.split("=", 1) if f.startswith(("--data=", "--seed=")) else [f])]
     data = flags[flags.index("--data") + 1] if "--data" in flags else "toys"
     place, _, first = names[0].rpartition(":")
     file = ROOT / "results" / ((place or re.sub(r"[^a-z0-9]+", "-", data.lower())) + ".jsonl")
     at = flags.index("--seed") if "--seed" in flags else len(flags)
     seeds, flags = flags[at + 1:at + 2] or ["0", "1", "2"], flags[:at] + flags[at + 2:]
+    failed = []
 
     def run_seed(seed, threads=0):
         for name in (first, *names[1:]):
@@ -296,12 +305,16 @@ def run_all(names, flags):
             line = " ".join(["python", *command])
             if not any((r["method"], r["seed"]) == (name, int(seed)) and (r["command"] == line or not place)
                        for r in read(file)):
-                run_one(command, file, (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json"), threads)
+                try:
+                    run_one(command, file, (ROOT / "runs").glob(f"{name}-*-seed{seed}/result.json"), threads)
+                except (subprocess.CalledProcessError, FileNotFoundError):       # the others go on
+                    failed.append(line)
 
     run_seed(seeds[0])
     if others := seeds[1:]:
         with ThreadPoolExecutor(min(len(others), os.cpu_count())) as pool:
             list(pool.map(partial(run_seed, threads=max(1, os.cpu_count() // len(others))), others))
+    return failed
 
 
 def run_one(command, file, results, threads=0):
@@ -344,7 +357,7 @@ def keep_log(result, row):
 
 
 def logs():
-    """Seed 0 of each method that has no log -> those that failed. The results files stay as they are."""
+    """Seed 0 of each method that has no log -> the commands that failed. Results files stay as they are."""
     failed = []
     for name in (name for _, name in grouped() if not (LOGS / f"{name}.jsonl").exists()):
         try:
@@ -352,7 +365,7 @@ def logs():
                             (ROOT / "runs").glob(f"{name}-*-seed0/result.json")))
         except Exception as error:                               # the others go on
             print(f"{name} failed: {error}", flush=True)
-            failed.append(name)
+            failed.append(f"python methods/{name}.py --seed 0")
     return failed
 
 
@@ -365,8 +378,9 @@ if __name__ == "__main__":
             pictures.pictures()
         pictures.curves()
     elif what:
-        run_all([name for _, name in grouped()] if what == ["all"] else what[0].split(","), sys.argv[2:])
+        names = [name for _, name in grouped()] if what == ["all"] else what[0].split(",")
+        failed = run_all(names, sys.argv[2:])
     page = ROOT / "README.md"
     page.write_text(readme(page.read_text()))
     if failed:
-        sys.exit("no log of " + ", ".join(failed))
+        sys.exit("failed:\n" + "\n".join(failed))

@@ -48,6 +48,15 @@ def test_main_appends_a_line_for_each_way_and_draws_them(tmp_path, monkeypatch, 
         bench.main(["nothing"])
 
 
+def test_a_way_that_fails_says_why_and_the_others_go_on(monkeypatch):
+    def broken(x):
+        raise RuntimeError("out of\n resource: shared memory")
+    monkeypatch.setattr(bench, "GPU", False)
+    case = bench.Case([torch.ones(3)], dict(ours=broken, eager=torch.exp))
+    rows = list(bench.measure(case, 1., 1.))
+    assert rows[0] == dict(way="ours", error="out of resource: shared memory") and rows[1]["ms"] >= 0
+
+
 def test_bound_is_the_work_over_the_rate(monkeypatch):
     """1 GFLOP at 1 TFLOP/s takes 1 ms: 50 % when it took 2 ms."""
     monkeypatch.setattr(bench, "GPU", False)

@@ -368,7 +368,8 @@ def test_folder_without_images(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("train", "valid"), ("Train", "Val"), ("train",),
-                                   ("train", "test", "unlabeled")])
+                                   ("train", "test", "unlabeled"), ("train", "validation"),
+                                   ("training", "testing"), ("train", "val", "extra")])
 def test_a_folder_of_parts_by_other_names_is_not_one_of_classes(names, tmp_path):
     for name in names:
         for kind in "ab":

@@ -53,7 +53,8 @@ def test_there_are_commands_and_links_lead_somewhere():
 
 def test_tables_are_generated_from_the_committed_results():
     assert table.readme(README) == README
-    files = sorted(file.name for file in (ROOT / "results").glob("*.jsonl"))
+    assert "<!-- results/kernels -->" in README                  # of each kernels-*.jsonl
+    files = [file.name for file in FILES]
     marks = re.findall(r"<!-- results/(\S+\.jsonl|variants-\S+\.jsonl (?:objects|tenth)) -->", README)
     assert sorted(mark.partition(" ")[0] for mark in marks) == files
 
@@ -122,7 +123,7 @@ def test_a_log_is_kept_short_and_one_failure_stops_no_other(tmp_path, monkeypatc
 
     monkeypatch.setattr(table, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(table, "train", train)
-    assert table.logs() == ["rotnet"] and table.logs() == ["rotnet"]
+    assert table.logs() == table.logs() == ["python methods/rotnet.py --seed 0"]
     assert {f.stem for f in table.LOGS.iterdir()} == {name for _, name in table.grouped()} - {"rotnet"}
     first, line = table.read(table.LOGS / "mae.jsonl")
     assert first["reference"] == {"ln 4": 1.386} and line == {"step": 12345, "loss": 1.235, "knn": 51.0}
@@ -202,6 +203,29 @@ def test_the_first_seed_runs_alone_then_the_others_side_by_side(tmp_path, monkey
     rows = table.read(file)[3:]
     assert [r["threads"] for r in rows] == [0, 0, 3, 3, 3, 3]
     assert [r.get("busy") for r in rows] == [None, None, True, True, True, True]
+
+
+@pytest.mark.parametrize("flags, file, seeds", [
+    ("--data=cifar10", "cifar10", [0, 1, 2]), ("--data cifar10 --seed=1", "cifar10", [1]),
+    ("--seed=2", "toys", [2])])
+def test_flags_with_an_equals_sign_are_read_too(flags, file, seeds, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "run_one", lambda command, file, *_: ran.append((file.stem, command[1:3])))
+    assert table.run_all(["mae"], flags.split()) == []
+    assert sorted(ran) == [(file, ["--seed", str(seed)]) for seed in seeds]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
+    ran = []
+    def run_one(command, file, results, threads):
+        ran.append(command)
+        if "methods/mae.py" in command:
+            raise subprocess.CalledProcessError(1, command)
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(table, "run_one", run_one)
+    failed = table.run_all(["mae", "rotnet"], [])
+    assert len(ran) == 6 and sorted(failed) == [f"python methods/mae.py --seed {seed}" for seed in (0, 1, 2)]
 
 
 def test_a_run_beside_others_prints_at_its_end_and_its_failure_stops(tmp_path, monkeypatch, capsys):

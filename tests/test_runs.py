@@ -315,16 +315,24 @@ def spoil(folder, how):
     elif how == "renamed":
         state["model"]["new"] = state["model"].pop("encoder.conv1.weight")
         torch.save(state, file)
+    elif how == "no seconds":
+        torch.save({k: v for k, v in state.items() if k != "seconds"}, file)
+    elif how == "no names":
+        torch.save(state | dict(config=[1], model=[1]), file)
+    elif how == "other images":
+        state["config"]["images"] += 1
+        torch.save(state, file)
 
 
 @pytest.mark.parametrize("how, flags, why", [
     ("bomb", "", "checkpoint.pt is no checkpoint of plain tensors, or damaged"),
     ("pickle", "", "is no checkpoint of plain tensors, or damaged"),
     ("cut", "", "or damaged"), ("empty", "", "or damaged"), ("list", "", "or damaged"),
-    ("renamed", "", "has the script changed?"),
-    ("", "--lr .5", "was made with --lr 0.001, not 0.5"),
-    ("", "--tau .3", "was made with --tau 0.2, not 0.3"),
-    ("", "--batch_size 31", "was made with --batch_size 32, not 31")])
+    ("renamed", "", "has the script changed?"), ("no seconds", "", "cannot resume"),
+    ("no names", "", "cannot resume"), ("other images", "", "was made with images"),
+    ("", "--lr .5", "was made with lr 0.001, not 0.5"),
+    ("", "--tau .3", "was made with tau 0.2, not 0.3"),
+    ("", "--batch_size 31", "was made with batch_size 32, not 31")])
 def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(how, flags, why, folder, tmp_path):
     spoil(folder, how)
     before = contents(folder)

@@ -122,6 +122,11 @@ def test_images_without_objects_are_left_out():
     assert all(math.isfinite(v) for v in known.values())
 
 
+def test_without_any_object_nothing_is_scored():
+    empty = torch.zeros(2, 4, 4)
+    assert all(map(math.isnan, scores(empty, empty).values()))
+
+
 def test_blocks_are_the_most_square_grid():
     four = blocks(4, 8)[0]
     assert four[0].tolist() == [0] * 4 + [1] * 4 and four[:, 0].tolist() == [0] * 4 + [2] * 4

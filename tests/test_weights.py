@@ -174,6 +174,7 @@ def refused(encoder, file):
     ("one dimension", {"pos_embed": (65,)}, "positions [65] are no [CLS] and a square"),
     ("no positions", {"pos_embed": (1, 0, 128)}, "does not fit"),
     ("[CLS] alone", {"pos_embed": (1, 1, 128)}, "does not fit"),
+    ("two grids", {"pos_embed": (2, 65, 128)}, "does not fit"),
     ("number as name", {5: (1,)}, "does not fit")])
 def test_what_does_not_fit_is_named_in_one_line(what, change, why, tmp_path):
     encoder, file = create_encoder("vit_micro", 32), tmp_path / "file.pth"
@@ -183,6 +184,21 @@ def test_what_does_not_fit_is_named_in_one_line(what, change, why, tmp_path):
     with pytest.raises(SystemExit, match="--encoder or --weights: ") as e:
         common.make_encoder(common.Config(encoder="vit_micro", weights=str(file)))
     assert "\n" not in e.value.code
+
+
+def test_the_12_heads_of_moco_v3_are_asked_for(tmp_path):
+    """No shape tells them from the 6 of all others; only the file's arch does."""
+    with torch.device("meta"):
+        blank = create_encoder("vit_small_moco/16", 32)
+    assert blank.blocks[0].attn.heads == 12 and blank.dim == 384
+    vit = create_encoder("vit_small_moco/16", 32)
+    state = {"module.base_encoder." + k: v for k, v in vit.state_dict().items()}
+    torch.save(dict(arch="vit_small", state_dict=state), tmp_path / "moco.pth")
+    loaded = load_weights(create_encoder("vit_small_moco/16", 32), tmp_path / "moco.pth")
+    x = torch.randn(1, 3, 32, 32)
+    assert loaded(x).equal(vit(x))
+    with pytest.raises(ValueError, match="12 heads: give --encoder vit_small_moco/16"):
+        load_weights(create_encoder("vit_small/16", 32), tmp_path / "moco.pth")
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
