@@ -15,6 +15,8 @@ from kernels.slot_attention import slot_attention
 
 ROOT = Path(__file__).parents[1]
 METHODS = sorted(f.stem for f in (ROOT / "methods").glob("*.py"))
+UNTAUGHT = dict(dinosaur=["--no-pretrain", "--image_size", "16"],          # without another's encoder
+                spot=["--no-pretrain", "--image_size", "16", "--teacher", "0"])
 sys.path.insert(0, str(ROOT / "methods"))
 
 

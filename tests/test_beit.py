@@ -27,6 +27,12 @@ def test_masks_are_blocks_and_differ():
     assert neighbours.sum() / m[:, 1:].sum() > .7
 
 
+def test_masks_hide_their_share():
+    """None has more, and most spend nearly all of it."""
+    count = beit.draw_masks(beit.Config(ratio=.3), 200, 8, "cpu").sum(1)
+    assert count.max() == round(.3 * 64) and count.float().mean() > .8 * .3 * 64
+
+
 # ---- the tokenizer
 
 def test_logit_laplace_is_a_density():

@@ -1,6 +1,7 @@
 """BoWNet: its words, its targets, its two stages."""
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,20 @@ def test_of_several_processes_the_first_gives_teacher_and_words(tmp_path, monkey
     method, _, _ = train("bownet", tmp_path, monkeypatch, "--steps", "1", "--k", "8", images=16)
     assert all(v.equal(1 + encoder.state_dict()[k]) for k, v in method.teacher.state_dict().items())
     assert method.words.equal(1 + words)
+
+
+def test_first_stage_turns_as_its_labels_say(monkeypatch):
+    """Each image comes four times, turned as often as its label says."""
+    seen, turns, ce, net = [], [], F.cross_entropy, Maps(12)
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    monkeypatch.setattr(bownet, "make_encoder", lambda cfg: net)
+    monkeypatch.setattr(bownet.F, "cross_entropy", lambda z, y: turns.append(y.tolist()) or ce(z, y))
+    images = torch.randint(256, (8, 3, 6, 6), dtype=torch.uint8)
+    run = SimpleNamespace(total=1, device="cpu", print=print)
+    bownet.first_stage(bownet.Config(first=1., k=3, batch_size=4), run, images)
+    x, k = seen[0], turns[0]
+    assert k[:4] == [0] * 4 and sorted(k) == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert all(x[i].equal(x[i % 4].rot90(k[i], (1, 2))) for i in range(16))
 
 
 def test_first_stage_is_timed_and_not_repeated_by_a_resumed_run(tmp_path, monkeypatch):

@@ -637,6 +637,20 @@ def test_cosine():
 
 # ---- evaluation
 
+def test_layers_are_read_in_cells_and_k_is_20():
+    """Each quarter of each map by hand; the k of the table is that of the call."""
+    class Maps(nn.Module):
+        def layers(self, x):
+            return [x, F.avg_pool2d(x, 2)[:, :2]]
+    cells, x = common.Cells(Maps()), torch.randn(5, 3, 8, 8)
+    first, second = cells(x).split(cells.widths, 1)
+    quarters = [x[:, :, i:i + 4, j:j + 4].mean((2, 3)) for i in (0, 4) for j in (0, 4)]
+    assert torch.allclose(first, torch.stack(quarters, 2).flatten(1), atol=1e-6) and second.shape == (5, 8)
+    bank, queries, y = torch.randn(90, 4), torch.randn(300, 4), torch.arange(90) % 3
+    said = knn(bank, y, queries)
+    assert said.equal(knn(bank, y, queries, 20)) and not said.equal(knn(bank, y, queries, 1))
+
+
 @pytest.mark.parametrize("k", [1, 5, 20, 1000])
 def test_knn_by_a_loop(k):
     """Also with k beyond the bank, more queries than a chunk, and lengths that must not count."""

@@ -167,7 +167,8 @@ def test_both_collapses_are_named(tmp_path, monkeypatch, capsys):
     flags = "--steps 40 --hidden 64 --dim 64 --k 64 --size 16 --size_local 8 --local 1 --freeze 0 --m .9"
     flags = [*flags.split(), "--lr", "2e-3", "--data", "toys:n=32"]
     _, _, kept = train("dino", tmp_path / "a", monkeypatch, *flags, images=32)
-    assert kept["perplexity"] > 10 and kept["kl"] > .2 and capsys.readouterr().out
+    assert kept["perplexity"] > 10 and kept["kl"] > .2
+    capsys.readouterr()
     _, losses, log = train("dino", tmp_path / "b", monkeypatch, *flags, "--no-centering", images=32)
     assert "perplexity is" in capsys.readouterr().out and log["perplexity"] < 2 and losses[-1] < 1
     _, losses, log = train("dino", tmp_path / "c", monkeypatch, *flags, "--no-sharpening", images=32)
@@ -213,7 +214,7 @@ def test_attend_takes_the_head_nearest_to_the_object():
     assert a[0, 1].sum() == a[0, 1, :2].sum() == 16              # nearest: four cells of 2 x 2 pixels
     share = math.ceil(.6 * 8) / 8                                # 5 of the 8 cells of the left half
     assert iou[0].item() == pytest.approx(share) and seen[0, :, 4:].sum() == 0 and seen[0].sum() == 20
-    assert iou[1].item() in (pytest.approx(11 / 16), pytest.approx(12 / 15)) or iou[1] > .6
+    assert iou[1].item() in (pytest.approx(11 / 16), pytest.approx(12 / 15))
     assert seen[1, 2:].sum() == 0
 
 

@@ -5,14 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from running import METHODS, Lookup, load, train
+from running import METHODS, UNTAUGHT, Lookup, load, train
 from torch import nn
 
 import common
 from kernels.views import normalise
 
-UNTAUGHT = dict(dinosaur=["--no-pretrain", "--image_size", "16"],
-                spot=["--no-pretrain", "--image_size", "16", "--teacher", "0"])
 WHOLE = "ibot", "jigsaw", "obow"         # with half a batch their losses do not fall in thirty steps
 
 
@@ -284,6 +282,19 @@ def test_simclr_matrix_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 # ---- byol
 
+def test_byol_loss_is_the_sum_of_both_directions():
+    """What is predicted from one view is compared with the slow copy's projection of the other."""
+    torch.manual_seed(0)
+    method = load("byol").BYOL(Lookup(6), hidden=8, dim=5).eval()
+    for p in method.teacher.parameters():                        # not equal to the student
+        p.data.normal_()
+    v, by_hand = torch.randn(2, 7, 3, 4, 4), 0.
+    for a, b in (v, v.flip(0)):
+        p, t = method.predictor(method.projector(method.encoder(a))), method.teacher(b)
+        by_hand += (F.normalize(p, dim=1) - F.normalize(t, dim=1)).square().sum(1).mean().item()
+    assert method(*v).item() == pytest.approx(by_hand, rel=1e-5)
+
+
 def test_byol_direction_is_the_squared_distance_of_unit_vectors():
     direction = load("byol").direction
     p, t = torch.randn(2, 50, 16, dtype=torch.float64)
@@ -333,6 +344,15 @@ def test_byol_collapses_without_predictor_and_slow_teacher(tmp_path, monkeypatch
 
 
 # ---- mae
+
+def test_mae_tells_hidden_patches_apart_by_their_places():
+    """Mask tokens are alike, so that nothing else can; the encoder's positions are fixed."""
+    method = load("mae").build(load("mae").Config()).eval()
+    out, mask = method.reconstruct(torch.randn(2, 3, 32, 32))
+    hidden = out[0][mask[0]]                                     # [M,P]
+    assert torch.pdist(hidden).min() > 1e-4
+    assert not method.encoder.pos_embed.requires_grad and not method.encoder.pos_embed[0, 0].any()
+
 
 def test_mae_mask_hides_the_ratio_and_restore_undoes_the_shuffle():
     mask, keep, restore = load("mae").random_mask(50, 64, .75, "cpu")

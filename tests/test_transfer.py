@@ -158,7 +158,7 @@ def test_every_layer_is_probed_before_and_after(run):
     for i, pair in enumerate(zip(*maps, strict=True), 1):
         cells = [F.adaptive_avg_pool2d(a.detach(), 2).flatten(1) for a in pair]
         told = result["layers"][f"layer {i}"]["untrained"]["linear"]
-        assert told == pytest.approx(common.probe(*cells, few)["linear"], abs=1)
+        assert told == pytest.approx(common.probe(*cells, few)["linear"])
 
 
 def test_the_dense_probe_sees_the_class_of_each_pixel(run, monkeypatch):

@@ -64,3 +64,10 @@ def test_the_picture_is_the_covariance_and_leaves_the_method_as_it_was():
     m.train()
     assert torch.allclose(c[0, 1].diagonal(), z.var(0)[:4], atol=1e-6) and c.shape == (1, 3, 4, 4)
     assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
+
+
+def test_vicreg_projects_by_three_layers_with_batch_norm():
+    """As in the paper."""
+    m = load("vicreg").VICReg(Lookup(8), hidden=16, dim=12)
+    layer = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    assert [type(x) for x in m.projector] == 2 * layer + layer[:1]
