@@ -16,8 +16,11 @@ if ! "$python" -c "import torch" 2>/dev/null; then               # no active env
     python=$here/.venv/bin/python
 fi
 if ! "$python" -c "import torch, einops, numpy, PIL, scipy, tqdm, matplotlib, pytest, xdist, hypothesis, ruff" 2>/dev/null; then
-    "$python" -c "import torch" 2>/dev/null && skip='^torch\|^triton' || skip='^$'      # what is there stays
-    grep -v "$skip" "$here/requirements.txt" | "$python" -m pip install -r /dev/stdin
+    skip='^$'
+    for name in torch triton; do                                 # one that is there stays as it is
+        if "$python" -c "import $name" 2>/dev/null; then skip="$skip|^$name"; fi
+    done
+    grep -Ev "$skip" "$here/requirements.txt" | "$python" -m pip install -r /dev/stdin
 fi
 
 case ${1:-mae} in
