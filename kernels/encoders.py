@@ -93,6 +93,8 @@ class Convolutions(nn.Sequential):
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"a width of {dim} is no multiple of {heads} heads")
         self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def split(self, x):                                          # [B,N,D] -> q, k, v, each [B,h,N,D/h]
@@ -117,6 +119,8 @@ class ViTBlock(nn.Module):
 
 def sincos_positions(dim: int, h: int, w: int) -> Tensor:
     """Fixed positions [h*w,dim]: half the channels tell the column, half the row, each [sin..., cos...]."""
+    if dim % 4:
+        raise ValueError(f"sines and cosines of two axes take a width that 4 divides, got {dim}")
     omega = 10_000. ** (-torch.arange(dim // 4) / (dim // 4))    # [D/4]
     row, col = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (col, row)]        # [N,D/4] each

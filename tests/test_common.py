@@ -22,7 +22,7 @@ from torch import nn
 
 import common
 from common import Config, cosine, features, knn, linear_probe, load_data, make_optimizer, parse, spread
-from kernels.encoders import Attention, create_encoder, resize_positions, sincos_positions
+from kernels.encoders import Attention, ViTBlock, create_encoder, resize_positions, sincos_positions
 from kernels.evaluation import class_iou, dense_probe, histogram_nats, logits_of, patches_by_word
 from kernels.toys import toys
 from kernels.views import normalise
@@ -475,6 +475,13 @@ def test_encoder_names():
     for name in ("vit_tiny/0", "vit_tiny/", "resnet18/8"):
         said = stops(common.make_encoder, Flags(encoder=name))
         assert f"{name}: a patch is that of a ViT, a whole number" in said
+
+
+def test_widths_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="a width of 64 is no multiple of 3 heads"):
+        ViTBlock(64, 3)
+    with pytest.raises(ValueError, match="a width that 4 divides, got 66"):
+        sincos_positions(66, 8, 8)
 
 
 def vit(**options):
