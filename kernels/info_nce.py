@@ -196,15 +196,15 @@ def _backward(a: Tensor, b: Tensor, target: Tensor, lse: Tensor, tau: float, swa
 def _save(ctx, inputs, output):
     *tensors, ctx.tau = inputs
     ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
 
-def _gradient(ctx, go, again):                                    # again, of lse: dc is being differentiated
-    q, k, target, lse = ctx.saved_tensors if again is None else _no_second(ctx)
+def _gradient(ctx, go, _):
+    q, k, target, lse = ctx.saved_tensors
     go, tau = go / (len(q) * ctx.tau), ctx.tau
     dq = (go * _backward(q, k, target, lse, tau, False)).to(q.dtype)
     dk = (go * _backward(k, q, target, lse, tau, True)).to(k.dtype) if ctx.needs_input_grad[1] else None
     dc = go * (((target - lse[0]) / tau - lse[1] * LN2).exp() - 1) if ctx.needs_input_grad[2] else None
-    return dq, dk, dc, None                                       # dc: of q_i . k+_i
+    return dq, dk, dc if dc is None else dc + 0 * dq[:, 0].nan_to_num(0, 0, 0), None    # no second, as of dq
 
 def _no_second(ctx, *grads):
     raise NotImplementedError('the kernel has no second derivative: use info_nce(..., impl="reference")')

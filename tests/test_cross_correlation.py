@@ -410,7 +410,7 @@ def test_opcheck(op):
         torch.library.opcheck(op, (*leaves, 6, 1., .3))
     one = torch.ones((), device=DEVICE)
     args = (saved[0][0], a, a, saved[1]) if op is cc._gram else (a, saved[0].T, None, None)
-    torch.library.opcheck(cc._backward, (one, .5, *args))
+    torch.library.opcheck(cc._backward, (one, .5, *args, a))
 
 
 @pytest.mark.parametrize("impl", FORMS)
