@@ -12,7 +12,8 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float =
     bank, predictions = F.normalize(bank, dim=1), []
     for q in F.normalize(queries, dim=1).split(500):
         s, i = (q @ bank.T).topk(min(k, len(bank)))              # [m,k]
-        w = ((s - s[:, :1]).float() / tau).exp()                 # [m,k]  the nearest has 1: no overflow
+        s = s.to(torch.promote_types(s.dtype, torch.float32))    # fp64 stays what it is
+        w = ((s - s[:, :1]) / tau).exp()                         # [m,k]  the nearest has 1: no overflow
         votes = F.one_hot(labels[i]) * w[..., None]              # [m,k,classes]
         predictions.append(votes.sum(1).argmax(1))
     return torch.cat(predictions)

@@ -64,6 +64,19 @@ def train(name, tmp_path, monkeypatch, *flags, images=64, stop=0):
     return seen[0].method, losses, seen[0].last
 
 
+def given(module, monkeypatch):
+    """What the method is called with, step by step: filled while it trains."""
+    seen, build = [], module.build
+
+    def hooked(cfg):
+        method = build(cfg)
+        method.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        return method
+
+    monkeypatch.setattr(module, "build", hooked)
+    return seen
+
+
 class Lookup(nn.Module):
     """An encoder that returns what stands in the image's first pixels."""
     def __init__(self, dim):

@@ -1,7 +1,7 @@
 """What the loop of each method does: which views, in which order, with which flags, clipped how."""
 import pytest
 import torch
-from running import UNTAUGHT, load, train
+from running import UNTAUGHT, given, load, train
 
 from common import cosine
 from kernels.toys import toys
@@ -37,15 +37,7 @@ def test_colours_stay_as_they_are_where_they_are_to_be_told(name, tmp_path, monk
 @pytest.mark.parametrize("name", ["bownet", "obow"])
 def test_words_are_of_the_image_itself(name, tmp_path, monkeypatch):
     """What the teacher sees is no view: an image of the data, or its mirror image; the student sees none."""
-    module, seen = load(name), []
-    build = module.build
-
-    def hooked(cfg):
-        method = build(cfg)
-        method.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-        return method
-
-    monkeypatch.setattr(module, "build", hooked)
+    seen = given(load(name), monkeypatch)
     train(name, tmp_path, monkeypatch, "--steps", "1", "--k", "16", images=16)
     images = normalise(toys(16)["images"])
     known = torch.cat([images, images.flip(3)])

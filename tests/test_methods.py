@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from running import METHODS, UNTAUGHT, Lookup, load, train
+from running import METHODS, UNTAUGHT, Lookup, given, load, train
 from torch import nn
 
 import common
@@ -133,15 +133,7 @@ def test_exemplars_stem_is_that_of_its_patches():
 @pytest.mark.parametrize("name", "simclr moco byol simsiam swav barlow_twins vicreg dino ibot".split())
 def test_two_views_of_an_image_are_two(name, tmp_path, monkeypatch):
     """The model is given two views of one size, each drawn by itself."""
-    module, seen = load(name), []
-    build = module.build
-
-    def hooked(cfg):
-        method = build(cfg)
-        method.register_forward_pre_hook(lambda m, views: seen.append(views))
-        return method
-
-    monkeypatch.setattr(module, "build", hooked)
+    seen = given(load(name), monkeypatch)
     train(name, tmp_path, monkeypatch, "--steps", "1", images=32)
     v1, v2 = seen[0][:2]
     assert v1.shape == v2.shape and (v1 != v2).flatten(1).any(1).all()
