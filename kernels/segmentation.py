@@ -83,14 +83,14 @@ def blocks(k: int, size: int) -> Tensor:
 
 
 def compare(found: dict[str, Tensor], truth: Tensor | None) -> dict[str, float]:
-    """ARI, FG-ARI and mBO side by side of soft masks [B,K,H,W], or of one partition [1,H,W] of all images;
-    truth: the masks [B or more,H,W]. Without it, nothing."""
+    """All scores side by side of soft masks [B,K,H,W], or of one partition [1,H,W] of all images; truth: the
+    masks [B or more,H,W]. Without it, nothing."""
     if truth is None:
         return {}
     rows, truth = {}, truth[:max((len(m) for m in found.values() if m.ndim == 4), default=None)]
     for who, masks in found.items():
         p = (masks.argmax(1) if masks.ndim == 4 else masks).to(truth.device).expand_as(truth)
-        rows |= {f"{metric}, {who}": value for metric, value in scores(p, truth).items() if metric != "miou"}
+        rows |= {f"{metric}, {who}": value for metric, value in scores(p, truth).items()}
     return rows
 
 

@@ -89,9 +89,10 @@ def monitors(masks: Tensor) -> dict[str, float]:
 
 def complaints(masks: Tensor) -> list[str]:
     """The known failures, of masks [B,K,...] of 100 images and more, in plain words."""
-    m = monitors(masks)
+    m, k = monitors(masks), masks.shape[1]
     return [text for failed, text in (
         (m["used"] < 1.5, f"one slot takes everything (slots in use: {m['used']:.2f})"),
+        (1.5 <= m["used"] < k / 2, f"most slots are ignored (in use: {m['used']:.2f} of {k})"),
         (m["masks_vary"] < .05, f"masks are the same for all images (std {m['masks_vary']:.3f}): places, not "
                                "objects")) if failed]
 

@@ -182,7 +182,9 @@ def objects_table(file):
         rows = [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + rows
     for r in sorted(rows, key=lambda r: list(methods()).index(r["method"])):
         groups.setdefault(command_of(r) if variants else r["method"], []).append(r)
-    lines = head(["command" if variants else "method", "masks of", "ARI", "FG-ARI", "mBO"]
+    scores = {key: label for key, label in dict(ari="ARI", fg_ari="FG-ARI", mbo="mBO", miou="mIoU").items()
+              if all(any(k.startswith(f"{key}, ") for k in r) for r in rows)}    # older rows lack mIoU
+    lines = head(["command" if variants else "method", "masks of", *scores.values()]
                  + ["lines", "seconds", "in the paper, not here"] * (not variants))
     for key, rows in groups.items():
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
@@ -193,8 +195,8 @@ def objects_table(file):
             first = [f"[{title}](methods/{key}.py), {year}", length, seconds, paper(papers, key)]
         for who in (k.removeprefix("fg_ari, ") for k in rows[0] if k.startswith("fg_ari, ")):
             if not variants or who not in ("untrained", "blocks"):
-                scores = [mean((r[f"{key}, {who}"] for r in rows), 2) for key in ("ari", "fg_ari", "mbo")]
-                lines.append(f"| {' | '.join(map(str, [first[0], who, *scores, *first[1:]]))} |")
+                cells = [mean((r[f"{key}, {who}"] for r in rows), 2) for key in scores]
+                lines.append(f"| {' | '.join(map(str, [first[0], who, *cells, *first[1:]]))} |")
                 first = [""] * len(first)
     return "\n".join([*lines, "", source(file)])
 

@@ -112,6 +112,16 @@ def test_one_mask_over_all():
     assert ari(n).item() == fg_ari(n).item() == 0
 
 
+def test_mbo_of_classes_asks_for_all_things_of_a_kind_in_one_mask():
+    """Two dogs, one cat, each a quarter, under a mask of its own: perfect as objects; as classes the better
+    dog alone is half of all dogs. One mask over both dogs: the other way round."""
+    objects, classes = (torch.tensor([[t]]) for t in ([1, 2, 3, 0], [1, 1, 2, 0]))       # [1,1,4]
+    for predicted, mbo_i, mbo_c in (([0, 1, 2, 3], 1, (.5 + 1) / 2), ([0, 0, 2, 3], (.5 + .5 + 1) / 3, 1)):
+        p = torch.tensor([[predicted]])
+        assert mbo(shared_pixels(p, objects)).item() == pytest.approx(mbo_i)
+        assert mbo(shared_pixels(p, classes)).item() == pytest.approx(mbo_c)
+
+
 def test_images_without_objects_are_left_out():
     predicted, truth = random_masks(3)
     known = scores(predicted[1:], truth[1:])
@@ -146,9 +156,10 @@ def test_compare_scores_each_beside_the_others():
     truth = blocks(4, 8).expand(2, -1, -1)                       # 0 is background, three objects
     perfect = torch.nn.functional.one_hot(truth, 5).movedim(3, 1).float()
     rows = compare({"masks": perfect, "whole": torch.zeros(1, 8, 8)}, truth)
-    assert rows["ari, masks"] == rows["fg_ari, masks"] == rows["mbo, masks"] == 1
-    assert rows["ari, whole"] == rows["fg_ari, whole"] == 0 and rows["mbo, whole"] == .25
-    assert len(rows) == 6
+    assert all(rows[f"{metric}, masks"] == 1 for metric in ("ari", "fg_ari", "mbo", "miou"))
+    assert rows["ari, whole"] == rows["fg_ari, whole"] == 0
+    assert rows["mbo, whole"] == .25 and rows["miou, whole"] == pytest.approx(.25 / 3)   # one of three has it
+    assert len(rows) == 8
 
 
 def test_a_grid_tells_toys_apart_only_where_toys_stand_on_one():

@@ -105,6 +105,8 @@ def test_complaints_name_the_failures():
     assert not complaints(good)
     assert "one slot takes everything" in complaints(one)[0] and "places, not objects" in complaints(one)[1]
     assert len(complaints(good[:1].expand(100, -1, -1))) == 1    # stripes, the same in every image
+    for k, said in (6, []), (7, ["most slots are ignored (in use: 3.00 of 7)"]):  # three win, others never
+        assert complaints(F.pad(good, (0, 0, 0, k - 3))) == said
 
 
 def test_masks_are_enlarged_and_coloured():
