@@ -77,14 +77,25 @@ def mean(values, digits=1):
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def source(file):
-    """Below each table of runs: seeds, machines, where the lines are."""
-    results, name = read(file), f"results/{file.name}"
-    seeds = ", ".join(map(str, sorted({r["seed"] for r in results})))
-    spread = ", mean ± standard deviation" if "," in seeds else " alone"
+def seeds_of(rows):
+    return ", ".join(map(str, sorted({r["seed"] for r in rows})))
+
+
+def source(file, spread="mean ± standard deviation", base=False):
+    """Below each table of runs: seeds, machines, where the lines are. base: so are those of toys.jsonl."""
+    results, name, first = read(file), f"results/{file.name}", "results/toys.jsonl"
+    seeds = seeds_of(results)
+    spread = f", {spread}" if "," in seeds else " alone"
     machines = " and ".join(dict.fromkeys(r["machine"] for r in results))
+    first = f"\nLines without flags: [{first}]({first}), seeds {seeds_of(read(ROOT / first))}." * base
     return (f"Seeds: {seeds}{spread}. {machines}, torch {results[0]['torch']};\n"
-            f"the command and the commit of each run are in [{name}]({name}).")
+            f"the command and the commit of each run are in [{name}]({name}).{first}")
+
+
+def label_of(command, rows, file):
+    """The command as a cell, with its seeds where they are not those of all the file."""
+    seeds, whole = seeds_of(rows), {seeds_of(read(f)) for f in (file, ROOT / "results/toys.jsonl")}
+    return f"`{command}`" + (f" (seed{'s' * (',' in seeds)} {seeds})" if seeds not in whole else "")
 
 
 def by_layer(rows):
@@ -112,6 +123,11 @@ def table(file):
     lines = head(columns)
     if not results:
         return "Not measured yet."
+    worlds = {}                                                  # k-NN of pixels: its linear, who has it
+    for r in results:
+        of = worlds.setdefault(f"{r['pixels']['knn']:.1f}", (f"linear {r['pixels']['linear']:.1f}", {}))
+        of[1][r["method"]] = methods()[r["method"]][0]
+    usual = max(worlds, key=lambda w: len(worlds[w][1]))
     for group, name in grouped():
         rows = [r for r in results if r["method"] == name]
         if not rows:
@@ -121,14 +137,17 @@ def table(file):
         title, *about = methods()[name]
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
         spent += statistics.mean(quiet) * len(rows) if quiet else 0
-        cells = [f"[{title}](methods/{name}.py)", *about, f"{statistics.mean(quiet):.0f}" if quiet else ""]
+        seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
+        cells = [f"[{title}](methods/{name}.py){' †' * (name not in worlds[usual][1])}", *about, seconds]
         tuned = few[name][1] + f" ({few[name][2]})" if name in few else ""
         cells += probes(rows)[:3] + [tuned] * bool(few) + [paper(papers, name)] * toys
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    pixels = results[0]["pixels"]
-    lines.append(f"\nPixels, reduced to 16 x 16: k-NN {pixels['knn']:.1f}, linear {pixels['linear']:.1f}.")
-    lines.append(f"By the seconds shown, all seeds train for {spent / 60:.0f} minutes; data, evaluation and "
-                 "pictures are not counted.")
+    others = [f"{', '.join(who.values())}: k-NN {knn}, {linear}" for knn, (linear, who) in worlds.items()
+              if knn != usual]
+    lines.append(f"\nPixels, reduced to 16 x 16: k-NN {usual}, {worlds[usual][0]}"
+                 + (f"; of other images (†): {'; '.join(others)}" if others else "") + ".")
+    lines.append(f"By the seconds shown (blank: others ran beside), all seeds train for {spent / 60:.0f} "
+                 "minutes;\ndata, evaluation and pictures are not counted.")
     return "\n".join([*lines, source(file)])
 
 
@@ -168,7 +187,7 @@ def layers_table(file):
     lines = head(["layer", *map(str, range(1, most + 1))])
     for name, layers in found.items():
         lines.append(f"| {' | '.join([methods()[name][0], *layers, *[''] * (most - len(layers))])} |")
-    return "\n".join([*lines, "", source(file)])
+    return "\n".join([*lines, "", source(file, "mean")])
 
 
 def objects_table(file):
@@ -190,7 +209,7 @@ def objects_table(file):
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
         title, year, _, length = methods()[rows[0]["method"]]
         seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
-        first = [f"`{key}`"]
+        first = [label_of(key, rows, file)]
         if not variants:
             first = [f"[{title}](methods/{key}.py), {year}", length, seconds, paper(papers, key)]
         for who in (k.removeprefix("fg_ari, ") for k in rows[0] if k.startswith("fg_ari, ")):
@@ -198,7 +217,7 @@ def objects_table(file):
                 cells = [mean((r[f"{key}, {who}"] for r in rows), 2) for key in scores]
                 lines.append(f"| {' | '.join(map(str, [first[0], who, *cells, *first[1:]]))} |")
                 first = [""] * len(first)
-    return "\n".join([*lines, "", source(file)])
+    return "\n".join([*lines, "", source(file, base=variants)])
 
 
 def command_of(row):
@@ -233,12 +252,13 @@ def variants_table(file):
     own |= {k: 0 for k in ("z_std", "z_rank", "perplexity") if "collapse" in file.name}
     lines = head(["command", "loss", *(k.replace("_", " ") for k in own), *PROBES])
     for command, rows in groups.items():
-        cells = [f"`{command}`", mean((r["loss"] for r in rows), 3)]
+        cells = [label_of(command, rows, file), mean((r["loss"] for r in rows), 3)]
         for k in own:
             digits = next(d for d, above in ((1, 10), (2, 2), (3, -1)) if rows[0].get(k, 0) > above)
             cells.append(mean((r[k] for r in rows), digits) if k in rows[0] else "")
         lines.append(f"| {' | '.join(cells + probes(rows))} |")
-    return "\n".join(lines + ["", source(file)])
+    base = any(command_of(r) == f"python methods/{r['method']}.py" for rows in groups.values() for r in rows)
+    return "\n".join([*lines, "", source(file, base=base)])
 
 
 def kernel_tables(path):

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import common
+from kernels.views import normalise
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,23 @@ def test_commands_can_be_pasted(command):
         check(words[3:])
     elif words[1:] and words[1] not in ("test", "all", "table", "bench"):
         check([f"methods/{words[1]}.py", *words[2:]])
+
+
+@pytest.mark.parametrize("name, options", [("simclr", ""), ("mae", ', pool="mean"')])
+def test_what_a_run_has_learned_can_be_used_as_shown(name, options, tmp_path):
+    """MAE's as said below the example: another encoder, the mean of its patches."""
+    module = importlib.import_module(name)
+    encoder = module.build(cfg := module.Config()).encoder.eval()
+    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
+    code = re.search(r"```\n(from kernels.encoders import .*?)```", README, re.S)[1]
+    for old, new in (("runs/simclr-toys-seed0", str(tmp_path)), ("resnet_small", cfg.encoder),
+                     ("image_size=32", f"image_size=32{options}")):
+        assert old in code
+        code = code.replace(old, new)
+    exec(code, known := dict(images=images))
+    assert known["h"].shape == (2, 128) and torch.equal(known["h"], encoder(normalise(images)))
+    assert f'create_encoder("{cfg.encoder}", image_size=32{options})' in " ".join(README.split())
 
 
 def test_there_are_commands_and_links_lead_somewhere():
@@ -134,6 +152,21 @@ def test_methods_without_probes_leave_the_tables_whole(tmp_path):
     file = tmp_path / "variants-objects.jsonl"
     file.write_text(json.dumps(row))
     assert table.table(file) == "Not measured yet." and "| 0.500 |" in table.variants_table(file)
+
+
+def test_a_line_of_other_seeds_says_so(tmp_path):
+    """Beside three seeds of the file, and of the first table: of one, of two."""
+    file = tmp_path / "variants-some.jsonl"
+    row = dict(method="mae", machine="m", torch="t", untrained={}, loss=1.)
+    rows = [row | dict(seed=seed, command=f"python methods/mae.py --seed {seed} --clip {n}")
+            for n in (1, 2, 3) for seed in range(n)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    *_, one, two, three, _, seeds, _, first = table.variants_table(file).splitlines()
+    assert one.startswith("| `python methods/mae.py --clip 1` (seed 0) | 1.000 |")
+    assert two.startswith("| `python methods/mae.py --clip 2` (seeds 0, 1) | 1.000 ± 0.000 |")
+    assert three.startswith("| `python methods/mae.py --clip 3` | 1.000 ± 0.000 |")
+    assert seeds.startswith("Seeds: 0, 1, 2, mean ± standard deviation. m, torch t;")
+    assert first == "Lines without flags: [results/toys.jsonl](results/toys.jsonl), seeds 0, 1, 2."
 
 
 def test_masks_of_variants_are_shown_by_command_without_the_seed(tmp_path):
