@@ -462,7 +462,7 @@ class Run:
             bank, queries = (features(self.method.encoder, x) for x in sample)
             line["knn"] = percent(knn(bank, data.labels[:2000], queries), data.test_labels[:500])
         self.lines.append(json.dumps({k: round(v, 5) for k, v in line.items()}))
-        self.write(self.log_file, lambda f: f.write("\n".join([*self.lines, ""]).encode()))
+        write(self.log_file, lambda f: f.write("\n".join([*self.lines, ""]).encode()))
         alarms = {k: f"{k} is {v:.3g}, a collapse" for k, v in line.items() if self.step > self.total / 10
                   and v < dict(std=.05, rank=2., perplexity=2.).get(k.rpartition("_")[2], -math.inf)}
         alarms |= {k: f"the loss sits on {k} = {v:.3f}" for k, v in self.reference.items()
@@ -474,19 +474,6 @@ class Run:
         shown = {k: v for k, v in (self.reference | self.last).items() if k not in ("step", "seconds")}
         self.bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items()}, refresh=False)
 
-    def write(self, path: Path, how):
-        """A file, whole or not at all."""
-        part = path.with_suffix(".part")
-        try:
-            with open(part, "wb") as f:
-                how(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, path)
-        except (OSError, RuntimeError) as e:                     # RuntimeError: torch.save on a full disk
-            part.unlink(missing_ok=True)
-            fail(f"cannot write {path} ({str(e).splitlines()[0]}): make room and --resume; nothing is lost")
-
     def save(self):
         """All that a resumed run needs. The random state is not among it, see steps()."""
         if not all(p.isfinite().all() for p in self.method.parameters()):
@@ -495,7 +482,7 @@ class Run:
             state = dict(method=self.name, step=self.step + 1, source=self.source, seconds=self.seconds,
                          config=asdict(self.cfg) | dict(images=len(self.data.images)), last=self.last,
                          model=self.method.state_dict(), optimizers=[o.state_dict() for o in self.optimizers])
-            self.write(self.checkpoint, lambda f: torch.save(state, f))
+            write(self.checkpoint, lambda f: torch.save(state, f))
 
     def load(self):
         if not self.checkpoint.exists():
@@ -556,11 +543,24 @@ class Run:
                       images_per_second=round(self.total * self.cfg.batch_size / self.seconds),
                       parameters=sum(p.numel() for p in self.method.encoder.parameters()), flags=self.flags,
                       device=str(self.device), python=sys.version.split()[0], torch=torch.__version__)
-        self.write(self.folder / "result.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
-        self.write(self.folder / "encoder.pt", lambda f: torch.save(self.method.encoder.state_dict(), f))
+        write(self.folder / "result.json", lambda f: f.write(json.dumps(result, indent=1).encode()))
+        write(self.folder / "encoder.pt", lambda f: torch.save(self.method.encoder.state_dict(), f))
         save_curves(self.folder / "curves.png", self.log_file, self.reference)
         self.print(f"\n{self.total} steps in {self.seconds:.0f} s; result, encoder, pictures: {self.folder}")
         return result
+
+def write(path: Path, how):
+    """A file, whole or not at all; how: what writes into an open one."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as f:
+            how(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:                         # RuntimeError: torch.save on a full disk
+        part.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(e).splitlines()[0]}): make room and --resume; nothing is lost")
 
 def save_grid(path: Path, rows: dict[str, Tensor], note: str = "") -> None:
     """A PNG with one titled row of images [n,3,H,W] (uint8, or floats in [0,1]) for each entry."""
@@ -575,7 +575,7 @@ def save_grid(path: Path, rows: dict[str, Tensor], note: str = "") -> None:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     figure.suptitle(note, fontsize=9)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    write(path, lambda f: figure.savefig(f, dpi=110, bbox_inches="tight"))
 
 def save_curves(path: Path, log_file: Path, reference: dict[str, float]) -> None:
     """Loss beside its reference value, monitors and k-NN over the steps, a panel each."""
@@ -589,7 +589,7 @@ def save_curves(path: Path, log_file: Path, reference: dict[str, float]) -> None
             axis.axhline(value, color="grey", ls=":", lw=1, label=label)
             axis.legend(fontsize=7)
         axis.set_title(name, fontsize=9)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    write(path, lambda f: figure.savefig(f, dpi=110, bbox_inches="tight"))
 
 def save_neighbours(path: Path, encoder: nn.Module, data: Data, rows: int = 6) -> None:
     """Test images beside their seven nearest training images in feature space."""

@@ -16,8 +16,8 @@ whose correlations are noise.
 Run      python methods/barlow_twins.py
          linear 40.2 ± 0.8 % (untrained 27.2; each seed at least +11), k-NN 30.1 ± 1.0 (21.9); 84 s on 2 cores
 Differs  one rate for weights, biases and norms; LARS has the rate inside the momentum, as SimCLR's code;
-         blocks do not start as the identity; crops are resized bilinearly; the quick run has AdamW, narrower
-         layers, lam .01, larger crops, and neither blur nor solarise.
+         blocks do not start as the identity; crops are resized bilinearly; the rate ends at 0; the quick run
+         has AdamW, narrower layers, lam .01, larger crops, and neither blur nor solarise.
 """
 import sys
 from dataclasses import dataclass

@@ -21,7 +21,8 @@ Run      python methods/context_prediction.py
          cheating: pairs 73.8 ± 2.6, k-NN 49.2 ± 1.3; with that lens, not keeping the colours: 39.7, 69.9
 Differs  the encoder is a ResNet, its mean in place of fc6, and its BatchNorm has scales; a pair's first patch
          is the centre of a 3 x 3 grid, which alone has eight neighbours; views are resized crops, mirrored or
-         not; no patch is reduced and enlarged again; the rate follows a cosine.
+         not; no patch is reduced and enlarged again; the noise of --colour drop is the text's, Gaussian,
+         not the code's, uniform; the rate follows a cosine.
 """
 import math
 import sys

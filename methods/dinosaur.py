@@ -15,7 +15,7 @@ Run      python methods/dinosaur.py
          .47 ± .01 (.09, .39, .40); 93 s on 2 cores, after dino.py's own run
 Differs  the encoder is dino.py's small ViT of single toys, or --weights; features are told normalised, unless
          --no-norm; mlp has positions in each slot's frame, too (2302.04973), unless --no-relative; a
-         cosine, not halving; no flips; AdamW; autoregressive: no bias in attention, a last norm.
+         cosine, not halving; no flips; AdamW; autoregressive: no bias in attention, a last norm, BOS .02.
 """
 import subprocess
 import sys

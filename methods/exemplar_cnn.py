@@ -22,7 +22,8 @@ Run      python methods/exemplar_cnn.py
 Differs  the encoder is a ResNet, with a BatchNorm before the classifier; distortions are drawn anew at each
          step (Eq. 3), not 100 a seed once, and factors and powers evenly in their logarithm; an image has one
          seed, of one scale; the quick run's is 24 of the image's 32 pixels; Nesterov's momentum, a cosine;
-         triplets are all those of the batch (the hardest alone stay at M).
+         triplets are all those of the batch (the hardest alone stay at M). Quarters of a layer have their
+         mean, not their maximum, and logistic regression, not an SVM.
 """
 import math
 import sys
@@ -187,7 +188,7 @@ def invariance(path, encoders, seen, colours):
         axis.axvspan(low, high, color="grey", alpha=.2)          # seen in training
         axis.set_title(name, fontsize=9)
     axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    common.write(path, lambda f: figure.savefig(f, dpi=110, bbox_inches="tight"))
 
 
 def main(cfg):

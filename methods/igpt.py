@@ -173,7 +173,7 @@ def save_layers(path, layers):
     for name, rows in dict(trained=layers, untrained=[row["untrained"] for row in layers]).items():
         axis.plot(range(1, len(rows) + 1), [row["linear"] for row in rows], "o-", label=name)
     axis.legend()
-    figure.savefig(path, dpi=110)
+    common.write(path, lambda f: figure.savefig(f, dpi=110))
 
 
 def main(cfg):

@@ -11,8 +11,8 @@ Good at: context, for a crop must tell what lies outside. Not at: starting; its 
 
 Run      python methods/obow.py
          linear 48.4 ± 1.9 % (untrained 27.9; each seed at least +17), k-NN 38.1 ± 5.0 (22.2); 68 s on 2 cores
-Differs  cross-entropy, not KL: the same gradient; patches are drawn one by one; small maps keep their border;
-         Nesterov, the rate falls to 0; quick: AdamW, few words, no patches, blur, small logits, fast teacher.
+Differs  cross-entropy, not KL: same gradient; patches drawn singly; small maps keep their border; Nesterov,
+         biases, norms do not decay; rate to 0; quick: AdamW, few words, no patches, blur, kappa 1, m .95.
 """
 import copy
 import math

@@ -14,9 +14,9 @@ ignores whatever the views change; without colour jitter it matches two crops by
 
 Run      python methods/simclr.py
          linear 50.7 ± 1.8 % (untrained 27.2; each seed at least +21), k-NN 41.0 ± 1.0 (21.9); 71 s on 2 cores
-Differs  pixels are normalised by mean and deviation; crops are resized bilinearly, not bicubically; the last
-         BatchNorm has a shift, blocks do not start as the identity; the quick run has AdamW, larger crops,
-         half the colour strength, tau .2 and no blur.
+Differs  pixels are normalised; crops are bilinear, not bicubic; blur mirrors the border; the last BatchNorm
+         has a shift, blocks do not start as the identity; half the code's loss: biases, norms learn half as
+         fast; the quick run has AdamW, larger crops, half the colour strength, tau .2 and no blur.
 """
 import math
 import os
@@ -108,7 +108,7 @@ def matrix(cfg):
     for i, j in torch.cartesian_prod(torch.arange(n), torch.arange(n + 1)).tolist():
         axis.text(j, i, f"{a[i, j]:.1f}", ha="center", va="center", color="wk"[int(a[i, j] > a.median())])
     axis.set(xticks=range(n + 1), yticks=range(n), xticklabels=[*names, "average"], yticklabels=names)
-    figure.savefig(f"{cfg.out}/matrix.png", dpi=110)
+    common.write(Path(cfg.out, "matrix.png"), lambda f: figure.savefig(f, dpi=110))
 
 
 def build(cfg):

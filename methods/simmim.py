@@ -12,9 +12,9 @@ features for k-NN as they are. Squares of one patch would be too easy: the neigh
 
 Run      python methods/simmim.py
          linear 30.6 ± 0.2 % (untrained 18.2; each seed at least +11), k-NN 14.3 ± 0.1 (12.2); 58 s on 2 cores
-Differs  learned positions, for a bias by relative position; they, [CLS] and the mask token decay; no layer
-         scale, no stochastic depth, no smaller start of deep layers; the rate follows a cosine, as for Swin;
-         the probe sees the mean of the patches.
+Differs  learned positions, for a bias by relative position; they and [CLS] decay; the keys' bias, which
+         softmax cancels, stays; no layer scale, no stochastic depth, no smaller start of deep layers; the
+         rate follows a cosine, as for Swin; the probe sees the mean of the patches.
 """
 import sys
 from dataclasses import dataclass

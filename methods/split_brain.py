@@ -22,7 +22,7 @@ Differs  halves are whole ResNets, not an AlexNet cut along its channels; every 
          have one size: a single direction is learned twice, from two starts; heads are a 3x3 and a 1x1
          convolution; what is told is a cell's mean, as the one nearest bin, and all bins weigh alike; the
          autoencoder sees and regresses all of Lab; views are resized crops; AdamW, the rate follows a
-         cosine. One network for both directions, which the paper tries too, is left out.
+         cosine. One network for both directions and the ensemble, which the paper tries too, are left out.
 """
 import math
 import sys

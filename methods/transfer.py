@@ -13,7 +13,7 @@ Good at: telling what pre-training is worth, beside the same network from scratc
 
 Run      python methods/transfer.py --run runs/rotnet-toys-seed0 --labels .01 --lr 3e-3 --steps 900
          200 labels: 58.9 ± 1.8 % fine-tuned, 37.5 ± 2.3 frozen and probed; from scratch 31.5 ± 2.2
-Differs  crop and flip alone, no stochastic depth; [CLS], positions decay; norm before the patches' mean.
+Differs  crop, flip alone, no stochastic depth; [CLS], positions decay; norm before the mean; head not near 0.
 """
 import importlib
 import json

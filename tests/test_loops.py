@@ -58,6 +58,17 @@ def test_dinos_teacher_follows_each_step_ever_more_slowly(tmp_path, monkeypatch)
     assert calls == 3 * ["step", "teacher"] and ms == pytest.approx([cosine(i, 3, .9, 1.) for i in range(3)])
 
 
+def test_simsiams_predictor_keeps_its_rate(tmp_path, monkeypatch):
+    """That of encoder and projector follows the cosine, in the same steps."""
+    module, rates, step = load("simsiam"), [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (
+        rates.append([group["lr"] for group in self.param_groups]), step(self)))
+    train("simsiam", tmp_path, monkeypatch, "--steps", "3", images=16)
+    lr, warmup = module.Config.lr, module.Config.warmup
+    assert sum(rates[::2], []) == pytest.approx([cosine(i, 3, lr, warmup=warmup) for i in (0, 0, 1, 1, 2, 2)])
+    assert sum(rates[1::2], []) == [lr] * 6
+
+
 def test_swav_fills_its_queue(tmp_path, monkeypatch):
     """Newest first, after the step."""
     m, _, _ = train("swav", tmp_path, monkeypatch, "--steps", "2", "--queue", "40", "--local", "0", images=32)

@@ -297,6 +297,26 @@ def test_every_run_beats_its_own_untrained_encoder(row):
         assert row[f"fg_ari, {who}"] > row.get("fg_ari, k-means", 0)
 
 
+def test_the_means_below_untrained_are_those_that_the_readme_names():
+    """By k-NN; by the linear probe no run is (above). Under "What did not work"."""
+    rows, below = [r for r in ROWS if not r["file"].startswith("variants-") and "knn" in r], set()
+    for file, name in {(r["file"], r["method"]) for r in rows}:
+        pairs = [(r["knn"], r["untrained"]["knn"]) for r in rows if (r["file"], r["method"]) == (file, name)]
+        if statistics.mean(a - b for a, b in pairs) < 0:
+            below.add((file, name))
+    assert below == {("toys", "pixelcnn"), ("toys", "split_brain"), ("toys", "video_colorization"),
+                     ("cifar10", "context_encoder")}
+
+
+@pytest.mark.parametrize("name", [name for _, name in table.grouped()])
+def test_a_loss_ends_below_what_can_be_had_without_looking(name):
+    """The mean of the log's last five, below each reference that is no goal: ln K, a histogram, the mean."""
+    first, *log = table.read(table.LOGS / f"{name}.jsonl")
+    loss = statistics.mean(line["loss"] for line in log[-5:])
+    reference = {k: v for k, v in first["reference"].items() if k not in ("perfect", "equal or constant")}
+    assert reference and all(loss < v - .01 * max(abs(v), 1) for v in reference.values())
+
+
 def test_run_sh_names_the_python_that_it_needs(tmp_path):
     old = tmp_path / "python3"
     old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo Python 3.9.18 && exit 0\nexit 1\n')

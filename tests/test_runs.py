@@ -385,6 +385,23 @@ def test_a_disk_that_is_full_while_logging(folder, tmp_path, monkeypatch):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("name", ["g.png", "curves.png"])
+def test_a_disk_that_is_full_while_drawing(folder, monkeypatch, name):
+    """A picture is whole or not there; the checkpoint of the last step is, and its run can be finished."""
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (folder / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    before, file = contents(folder), folder / name
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=f"cannot write {re.escape(str(file))} .*make room and --resume"):
+        if name == "g.png":
+            common.save_grid(file, {"x": torch.zeros(1, 3, 8, 8)})
+        else:
+            common.save_curves(file, folder / "log.jsonl", {})
+    assert contents(folder) == before
+
+
 def test_scenes_have_no_single_label_and_are_not_classified(tmp_path):
     result = go(tmp_path, "--steps", "1", "--data", "toys:n=100,objects=3")
     assert result["steps"] == 1 and "knn" not in result
