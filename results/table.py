@@ -270,11 +270,14 @@ def kernel_tables(path):
 def kernel_table(file):
     """A line for each way to compute the same."""
     rows = list({(r["name"], r["shape"], r["way"]): r for r in read(file)}.values())
-    lines = head(["what", "shape", "how", "ms (20 to 80 %)", "of bound", "extra MiB", "images/s"])
+    lines = head(["what", "shape", "how", "ms (20 to 80 %)", "x first", "of bound", "extra MiB", "images/s"])
+    first = {(r["name"], r["shape"]): r.get("ms") for r in rows[::-1]}
     for r in rows:
         ms = f"{r['ms']:.3g} ({r['low']:.3g} to {r['high']:.3g})" if "ms" in r else r["error"]
         bound = f"{r['percent']:.0f} % of {r['of']}" if "percent" in r else ""
-        cells = [r["name"], r["shape"], r["way"], ms, bound]
+        base = first[r["name"], r["shape"]]
+        times = f"{r['ms'] / base:.3g}" if base and "ms" in r else ""
+        cells = [r["name"], r["shape"], r["way"], ms, times, bound]
         cells += [str(r.get(key, "")) for key in ("extra_mib", "images_per_second")]
         lines.append(f"| {' | '.join(cells)} |")
     name, one = f"results/{file.name}", rows[-1]

@@ -40,10 +40,14 @@ def test_main_appends_a_line_for_each_way_and_draws_them(tmp_path, monkeypatch, 
         text = (tmp_path / "results/kernels-cpu.jsonl").read_text()
         rows = [json.loads(line) for line in text.splitlines()]
         assert len(rows) == 2 * runs
-    assert {"kernel", "name", "shape", "way", "ms", "low", "high", "percent", "of", "goal_ms", "machine",
-            "torch", "triton", "commit", "command"} <= rows[0].keys()
+    assert {"kernel", "name", "shape", "way", "ms", "low", "high", "percent", "of", "machine", "torch",
+            "triton", "commit", "command"} <= rows[0].keys()
+    assert [r["goals"] for r in rows[:2]] == [{"ms": 1.4, "percent": 70}, {"times_ours": 6}]
+    assert "times_ours" not in rows[0] and rows[1]["times_ours"] == 1.
     assert rows[0]["kernel"] == "sinkhorn" and (tmp_path / "results/kernels-cpu.png").stat().st_size > 5000
-    assert "need a GPU" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "need a GPU" in shown
+    assert "; goal at most 1.4 ms, at least 70 %" in shown and ", 1 x ours; goal at least 6 x" in shown
     with pytest.raises(SystemExit, match="there are"):
         bench.main(["nothing"])
 
