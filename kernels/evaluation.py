@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float = .07) -> Tensor:
-    """Weighted k-NN (Wu et al. 2018, arXiv 1805.01978): the k nearest by cosine s vote with exp(s / tau)."""
+    """Weighted k-NN (Wu et al. 2018, arXiv 1805.01978): the k nearest by cosine s vote with exp(s / tau).
+    Features bank [N,D] of the classes labels [N], queries [M,D] -> their classes [M]."""
     bank, predictions = F.normalize(bank, dim=1), []
     for q in F.normalize(queries, dim=1).split(500):
         s, i = (q @ bank.T).topk(min(k, len(bank)))              # [m,k]

@@ -10,6 +10,7 @@ __all__ = ["MEAN", "STD", "Params", "apply", "denormalise", "draw", "normalise",
 
 
 def denormalise(x):
+    """What normalise made [B,3,H,W] -> colours in 0..1 again."""
     mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
     return (x * std + mean).clamp(0, 1)
 
@@ -30,7 +31,10 @@ def draw_boxes(n, height, width, scale, ratio, device):
 
 def draw(n, height, width, *, scale=(.2, 1.), ratio=(3 / 4, 4 / 3), flip=.5, jitter=(.4, .4, .4, .1),
          p_jitter=.8, grey=.2, blur=0., sigma=(.1, 2.), solarise=0., device="cpu"):
-    """flip, p_jitter, grey, blur and solarise are probabilities, 0 = off and free; scale=None = no crop."""
+    """Parameters of one view of each of n images, as apply() takes them. scale: the share of the area that a
+    crop has, None is no crop; ratio: its width over its height; jitter: how much brightness, contrast and
+    saturation change, as factors 1 - s .. 1 + s, and hue, in turns -s .. s; sigma: of the blur, in pixels of
+    the view. flip, p_jitter, grey, blur and solarise are probabilities, 0 = off and free."""
     rand, factors, order = partial(torch.rand, device=device), None, None
     if p_jitter:
         strength = torch.cat([torch.full((1,), s, device=device) for s in jitter])           # [4]   no sync
@@ -50,8 +54,8 @@ def draw(n, height, width, *, scale=(.2, 1.), ratio=(3 / 4, 4 / 3), flip=.5, jit
 
 
 def views(x, size=None, impl="auto", **options):
-    """One view [B,3,size,size] of each image; call again for the next (multi-crop: a smaller size, scale).
-    The images get no gradient."""
+    """One view [B,3,size,size] of each image [B,3,H,W], uint8 or floats in 0..1, normalised; call again for
+    the next (multi-crop: a smaller size, scale). options: see draw(). The images get no gradient."""
     unit(x[:0])                                                   # the ValueErrors come first
     params = draw(len(x), *x.shape[2:], device=x.device, **options)
     return apply(x, params, size or x.shape[2], impl)
