@@ -8,6 +8,7 @@
     python results/lessons.py objects [--seed K]      SPOT with other decoders, and on other encoders
     python results/lessons.py attmask [--seed K]      iBOT: what is hidden, of 5 to 100 % of the images
     python results/lessons.py inpainting              Context Encoder and MAE on the same images
+    python results/lessons.py gradients               SPOT: what each patch needs of the slots, in which order
 
 Label efficiency: 900 steps of 64 images, pre-trained or not; layers and places are probed, too, with a tenth
 of the labels. A tenth: 300 steps. The rate is 3e-3 for ResNets, else 1e-3, the same for all layers.
@@ -22,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 from table import ROOT, TWINS, grouped, origin, read, run_all, run_one
 
@@ -204,6 +206,46 @@ def objects(seeds):
         run_these(["variants-spot:spot"], ["--decoder", "autoregressive", *steps, *seeds])
 
 
+def gradients():
+    """SPOT's figure: what each patch needs of the slots, trained and told in one order, and in nine."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+    import spot
+    import torch
+    from matplotlib.figure import Figure
+
+    import common
+    from kernels.decoders import orders
+    from kernels.views import normalise
+    if not (ROOT / "runs/dino-toys-grey-seed0/encoder.pt").exists():
+        subprocess.run([sys.executable, "methods/dino.py"], cwd=ROOT, check=True)
+    figure = Figure((9, 2.8), layout="tight")
+    *maps, curves = figure.subplots(1, 3, width_ratios=(1, 1, 1.6))
+    ways = ("one order", 1, ["--no-permutations"]), ("nine orders", 9, [])
+    for axis, (title, n, flags) in zip(maps, ways, strict=True):
+        flags = ["--decoder", "autoregressive", "--teacher", "0", *flags, "--out", f"runs/gradients-{n}",
+                 "--weights", "runs/dino-toys-grey-seed0/encoder.pt"]
+        cfg = common.parse(spot.Config, spot.PAPER, flags)
+        folder = ROOT / f"runs/gradients-{n}/spot-{re.sub('[^a-z0-9.=]+', '-', cfg.data)}-seed0"
+        if not (folder / "result.json").exists():
+            subprocess.run([sys.executable, "methods/spot.py", *flags], cwd=ROOT, check=True)
+        method = spot.build(replace(cfg, weights=str(ROOT / cfg.weights))).eval()
+        method.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["model"])
+        method.graduate()
+        h, x = (y.detach() for y in method.features(normalise(common.load_data(cfg).test_images[:50])))
+        each = torch.stack([spot.gradient_norms(method.student, x, h, i) for i in range(n)])     # [n,N]
+        side = int(each.shape[1] ** .5)
+        told = each.gather(1, orders(side)[:n].long()).mean(0)   # [N], by the place in its order
+        axis.imshow(each.mean(0).view(side, side), vmin=0)
+        axis.set_title(f"{title}, by patch", fontsize=9)
+        axis.axis("off")
+        curves.plot(range(1, len(told) + 1), told / told.mean(), label=title, lw=1.2)
+    curves.set_xlabel("place in the order", fontsize=8)
+    curves.set_ylim(0)
+    curves.set_title("gradient norm, the mean is 1", fontsize=9)
+    curves.legend(fontsize=8)
+    figure.savefig(ROOT / "results/spot_gradients.png", dpi=110)
+
+
 def inpainting():
     """Test images as the context encoder and MAE see and paint them, both trained with seed 0."""
     sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
@@ -245,8 +287,8 @@ def main(name="", *seeds):
     lessons = {f.__name__: f for f in (batch_sizes, mask_ratio, label_efficiency, tenth, attmask, objects)}
     if name in lessons and re.fullmatch(r"(--seed \d+)?", " ".join(seeds)):
         lessons[name](list(seeds))
-    elif name in ("matrix", "inpainting") and not seeds:
-        dict(matrix=matrix, inpainting=inpainting)[name]()
+    elif name in ("matrix", "inpainting", "gradients") and not seeds:
+        dict(matrix=matrix, inpainting=inpainting, gradients=gradients)[name]()
     else:
         sys.exit(__doc__)
 

@@ -3,6 +3,7 @@
 Drawn by `python results/table.py pictures`, or `curves`, from the folders of the runs with seed 0 and the
 logs.
 """
+import statistics
 import sys
 import textwrap
 
@@ -103,8 +104,10 @@ def curves():
         (about, *log), right = read(LOGS / f"{name}.jsonl"), axis.twinx()
         axis.plot([line["step"] for line in log], [line["loss"] for line in log], lw=1.2)
         for i, (label, value) in enumerate(about["reference"].items()):
-            axis.axhline(value, color=f"{.3 + .2 * i}", ls=":", label=label)
-        axis.legend(fontsize=6, framealpha=.5)
+            axis.axhline(value, color=f"{.3 + .2 * i}", ls=":")
+            side = "top" if value > statistics.mean(axis.get_ylim()) else "bottom"   # its name: below, above
+            axis.text(.99 - .33 * i, value, label, transform=axis.get_yaxis_transform(), fontsize=6,
+                      ha="right", va=side)
         probed = [(line["step"], line["knn"]) for line in log if "knn" in line]
         if probed:
             right.set_ylim(0, 100)
@@ -116,4 +119,6 @@ def curves():
         axis.set_title(methods()[name][0], fontsize=8)
     for axis in axes:                                            # those left over
         axis.axis("off")
+    figure.supxlabel("step", fontsize=8)
+    figure.supylabel("loss (blue), its references (dotted); k-NN of a sample, % (orange, right)", fontsize=8)
     figure.savefig(ROOT / "results/curves.png", dpi=90)
