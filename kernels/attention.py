@@ -113,6 +113,7 @@ if triton:
     def _backward_kernel(x, y, u, w, pad, out, norm, delta, dx, dy, N, H, n, m, shift, xb, xh, xn, yb, yh, yn,
                          ub, uh, un, wb, wh, wn, scale: tl.float64, KEYS: tl.constexpr, D: tl.constexpr,
                          BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr):
+        # x, y, u, w: q, dout, k, v, and dx is dq; with KEYS k, v, q, dout, and dx, dy are dk, dv
         ACC: tl.constexpr = norm.dtype.element_ty
         own, head, b, h = _block(n, H, BM)                        # [BM]     i, or j if KEYS
         d, scale = tl.arange(0, BD), tl.full((1,), scale, ACC)    # [BD], [1]  fp64 until here
@@ -240,7 +241,7 @@ def attention(q, k, v, causal=False, padding=None, rows=None, scale=None, impl="
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and kind not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')
     if impl == "reference":
         return attention_reference(q, k, v, causal, padding, rows, scale)

@@ -245,6 +245,6 @@ def apply(x, params, size, impl="auto"):
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and x.device.type not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {x.device.type}: {why}')
     return _forward(x, [*params], size, impl == "triton" or impl == "auto" and x.is_cuda and bool(DEVICES))

@@ -13,7 +13,7 @@ a_i . b_k and the log of the sum apart: as one fp32 number, at scale = 100, it c
 scale is the sum of G_ik a_i . b_k over the tiles, before G is rounded to the type of a.
 
 FLOPs  2N^2 D forward, 6N^2 D backward at any D: S again, then G b, G^T a in PyTorch. open_clip: 4 and 8.
-Bytes  a, b, da, db and fp32 sums of them; G, of which 2^27 elements exist at a time, and 2 KiB for a column.
+Bytes  a, b, da, db and fp32 sums of them; G, of which 2^27 elements exist at a time, and 5 KiB for a column.
        open_clip in bf16, counted op by op, moves 104 bytes per element of S and keeps 8 between forward and
        backward: at N = 32768 these are 112 GB moved and 8 GiB kept.
 Saved  a, b, scale and lse. Recomputed: S.
@@ -134,9 +134,9 @@ if triton:
         a, b, options = _plan(a, b, backward=True)
         n, BM, da, db, slopes = len(a), options["BM"], [], scale.new_zeros(b.shape if both else 0), []
         step = max(1, CHUNK // (n * BM)) * BM
+        whole = torch.empty(min(step, n), n, dtype=a.dtype, device=a.device)      # of each chunk in turn
         for first in range(0, n, step):
-            ai = a[first:first + step]                            # [chunk,D]
-            g = torch.empty(len(ai), n, dtype=a.dtype, device=a.device)           # [chunk,N]
+            ai, g = a[first:first + step], whole[:n - first]      # [chunk,D], [chunk,N]
             grid = triton.cdiv(len(ai), BM), triton.cdiv(n, options["BN"])
             slopes.append(torch.empty(grid, dtype=scale.dtype, device=a.device))
             with torch.cuda.device_of(a):
@@ -144,7 +144,7 @@ if triton:
                     a, b, scale, lse, g, slopes[-1], first, n, a.stride(0), b.stride(0), **options)
             da.append(_matmul(g, b) / 4096)
             if both:
-                db += _matmul(g.T, ai) / 4096
+                db.add_(_matmul(g.T, ai), alpha=1 / 4096)
         return torch.cat(da), db, torch.cat(slopes).sum()
 
     def _matmul(x, y):                                            # sums and result in fp32
@@ -240,7 +240,7 @@ def clip_loss(a: Tensor, b: Tensor, scale: float | Tensor, impl: str = "auto") -
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and kind not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')
     if impl == "reference":
         return clip_loss_reference(a, b, scale)

@@ -236,7 +236,7 @@ def nt_xent(z: Tensor, tau: float, impl: str = "auto") -> Tensor:
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and z.device.type not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {z.device.type}: {why}')
     kind = z.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind) and z.dtype != torch.float64:

@@ -245,5 +245,5 @@ def _check(z, impl, least=1):
     if impl not in ("auto", "triton", "gram", "reference"):
         raise ValueError(f'impl must be "auto", "triton", "gram" or "reference", got {impl!r}')
     if impl == "triton" and z.device.type not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {z.device.type}: {why}')

@@ -13,7 +13,7 @@ If rows are few, up to 256 programs share the keys. There are no atomics: two ru
 keeps the maximum of q_i . k_j and the log of the sum apart: one fp32 number, at tau = 0.01, costs P 1e-5.
 
 FLOPs  2BMD forward, 4 for dq, 4 for dk (PyTorch 2 each): S again, and so for each 256 columns (fp32: 128).
-Bytes  q, k, dq, dk, these also in fp32, dq once for each part. Plain PyTorch in bf16, counted op by op, moves
+Bytes  q, k, dq, dk, these also in fp32, once for each part. Plain PyTorch in bf16, counted op by op, moves
        61 bytes per logit and keeps 4: with B = 256 and M = 1.28 million these are 20 GB and 1.3 GB.
 Saved  q, k, target and lse. Recomputed: S.
 Types  Sums are fp32 (fp64 for fp64). fp32 GEMMs use TF32 where torch.set_float32_matmul_precision allows it.
@@ -147,8 +147,8 @@ def _plan(a, b, backward):
     tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
     options = dict(D=a.shape[1], PREC="tf32" if tf32 else "ieee", enable_fp_fusion=True,
                    **_tiles(a.shape[1], a.dtype.itemsize, _shared_memory(a), backward))
-    parts = min(triton.cdiv(len(b), options["BN"]), PROGRAMS // triton.cdiv(len(a), options["BM"]))
-    return a, b, max(1, parts), options
+    blocks = triton.cdiv(len(a), options["BM"]) * triton.cdiv(a.shape[1], options.get("BO", a.shape[1]))
+    return a, b, max(1, min(triton.cdiv(len(b), options["BN"]), PROGRAMS // blocks)), options
 
 def _tiles(D, itemsize, shared, backward):
     """A table, not a tuner: the same bits on every run. None spills on sm_80, 90, 100, gfx90a, gfx942."""
@@ -242,7 +242,7 @@ def info_nce(q: Tensor, k: Tensor, target: Tensor, tau: float, impl: str = "auto
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and kind not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')
     if impl == "reference":
         return info_nce_reference(q, k, target, tau)

@@ -27,6 +27,8 @@ class LARS(torch.optim.Optimizer):
                     g = g + group["weight_decay"] * w
                     size, slope = w.norm(), g.norm()
                     trust = torch.where((size > 0) & (slope > 0), group["eta"] * size / slope, 1.)
-                v = self.state[w].setdefault("momentum", torch.zeros_like(w))
+                if "momentum" not in self.state[w]:
+                    self.state[w]["momentum"] = torch.zeros_like(w)
+                v = self.state[w]["momentum"]
                 w -= v.mul_(group["momentum"]).add_(group["lr"] * trust * g)
         return loss

@@ -243,7 +243,7 @@ def _loss(s, t, c, tau_s, tau_t, impl):
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and s.device.type not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {s.device.type}: {why}')
     if impl == "reference":
         return prototype_ce_codes_reference(s, _teacher(s, t, c, tau_t), tau_s)

@@ -89,14 +89,14 @@ if triton:
             k = tl.minimum(start + tl.arange(0, BN), K - 1)       # [BN]     the last repeated
             s = _logits(x_s, w_s, None, i, k, k, K - start, D, BM, BN, BD, ACC, PREC)    # [BM,BN]
             old, top_s = top_s, tl.maximum(top_s, tl.max(s, 1))
-            e = tl.exp2((s - top_s[:, None]) * scale_s)           # [BM,BN]
-            sum_s = sum_s * tl.exp2((old - top_s) * scale_s) + tl.sum(e, 1)
-            gap += (top_s - old) * sum_t                          # [BM]     sum of e (top_s - s), this e:
+            e_s = tl.exp2((s - top_s[:, None]) * scale_s)         # [BM,BN]
+            sum_s = sum_s * tl.exp2((old - top_s) * scale_s) + tl.sum(e_s, 1)
+            gap += (top_s - old) * sum_t                          # [BM]     sum of e_t (top_s - s)
             t = _logits(x_t, w_t, c, i, k, k, K - start, D, BM, BN, BD, ACC, PREC)       # [BM,BN]  t - c
             old, top_t = top_t, tl.maximum(top_t, tl.max(t, 1))
             alpha = tl.exp2((old - top_t) * scale_t)              # [BM]
-            e = tl.exp2((t - top_t[:, None]) * scale_t)           # [BM,BN]
-            sum_t, gap = sum_t * alpha + tl.sum(e, 1), gap * alpha + tl.sum(e * (top_s[:, None] - s), 1)
+            e_t = tl.exp2((t - top_t[:, None]) * scale_t)         # [BM,BN]
+            sum_t, gap = sum_t * alpha + tl.sum(e_t, 1), gap * alpha + tl.sum(e_t * (top_s[:, None] - s), 1)
         state = top_s, top_t, sum_s, sum_t, gap
         for q in tl.static_range(5):
             tl.store(part + (tl.program_id(2) * 5 + q) * R + i, state[q])
@@ -155,7 +155,9 @@ def _plan(a_s, b_s, a_t, b_t, c, tau_s, tau_t, backward, programs=264):         
 
 def _tiles(D, itemsize, shared, backward):
     """A table, not a tuner. At D = 256 none spills on sm_80, 90, 100, gfx90a, gfx942."""
-    if itemsize > 2:                                              # BM, BN, BD, BO, num_warps, num_stages
+    if itemsize == 8 and shared:                                  # BM, BN, BD, BO, num_warps, num_stages
+        tile = 32, 32, 16, 64, 4, 1
+    elif itemsize > 2:
         tile = 64, 32 if backward else 64, 16, 256, 8, 2          # one BD: the same bits of s, t both ways
     elif shared < 160_000:
         tile = 64, 32 if backward else 64, 64, 128, 4, 2
@@ -238,7 +240,7 @@ def prototype_ce_features(x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, ta
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and kind not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {kind}: {why}')
     if impl == "reference" or not R:
         return prototype_ce_features_reference(*tensors, tau_s, tau_t, center)

@@ -217,7 +217,7 @@ def sinkhorn(s: Tensor, eps: float = .05, iterations: int = 3, group=None, impl:
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     if impl == "triton" and s.device.type not in DEVICES:
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise RuntimeError(f'impl="triton" cannot run on {s.device.type}: {why}')
     if impl == "reference":
         return sinkhorn_reference(s, eps, iterations, group)

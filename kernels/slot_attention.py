@@ -239,7 +239,7 @@ def slot_attention(q, k, v, mask=None, slot_mask=None, eps=1e-8, scale=None, map
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     fits = S <= 128 and D <= 1024 // q.dtype.itemsize >> (S > 16) + (S > 32) + (S > 64)
     if impl == "triton" and not (fits and kind in DEVICES):
-        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is not installed"
+        why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise (RuntimeError(f'impl="triton" cannot run on {kind}: {why}') if fits else
                ValueError(f'impl="triton" does not hold {S} slots of {D} numbers in {q.dtype}'))
     if impl == "reference" or not fits:

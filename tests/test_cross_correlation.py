@@ -564,7 +564,7 @@ except RuntimeError as e: print(e)
 """
 
 
-@pytest.mark.parametrize("triton, why", [("none", "triton is not installed"), ("there", "no GPU")])
+@pytest.mark.parametrize("triton, why", [("none", "triton is missing or too old"), ("there", "no GPU")])
 def test_alone_in_a_folder(tmp_path, triton, why):
     """N = 2, features opposite: C = [[-1,1],[1,-1]] for views swapped; covariance [[32,-32],[-32,32]]."""
     (tmp_path / "cross_correlation.py").write_text(Path(cc.__file__).read_text())

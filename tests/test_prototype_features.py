@@ -474,7 +474,7 @@ except RuntimeError as e: print(e)
 """
 
 
-@pytest.mark.parametrize("triton, why", [("none", "triton is not installed"), ("there", "no GPU")])
+@pytest.mark.parametrize("triton, why", [("none", "triton is missing or too old"), ("there", "no GPU")])
 def test_alone_in_a_folder(tmp_path, triton, why):
     (tmp_path / "prototype_features.py").write_text(Path(module.__file__).read_text())
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | dict(CUDA_VISIBLE_DEVICES="")
