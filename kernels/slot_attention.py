@@ -217,9 +217,9 @@ def slot_attention(q, k, v, mask=None, slot_mask=None, eps=1e-8, scale=None, map
 
     Both have gradients. mask [B,N] bool: True = hidden, never read, a = 0. slot_mask [B,S] bool: True = off,
     a and u are 0. So is u of a slot without mass: all inputs hidden, or eps = 0, none near. scale: D^-1/2.
-    impl: "triton" runs the kernel, whose tiles hold D <= 512, 256, 128, 64 for S <= 16, 32, 64, 128 (half in
-    fp32, a quarter in fp64), or says why it cannot; "auto" runs it where it can, the same formulas in PyTorch
-    elsewhere; "reference" is plain autograd, with second derivatives. Autocast casts as for a matmul.
+    impl: "triton" runs the kernel, whose tiles hold D <= 512 (RTX 256), 256, 128, 64 for S <= 16, 32, 64, 128
+    (half in fp32, a quarter in fp64), or says why it cannot; "auto" runs it where it can, else the same
+    formulas in PyTorch; "reference" is plain autograd, the one with second derivatives. Autocast casts.
     """
     kind = q.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -238,6 +238,8 @@ def slot_attention(q, k, v, mask=None, slot_mask=None, eps=1e-8, scale=None, map
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl must be "auto", "triton" or "reference", got {impl!r}')
     fits = S <= 128 and D <= 1024 // q.dtype.itemsize >> (S > 16) + (S > 32) + (S > 64)
+    if S <= 16 and 2 * D > 1024 // q.dtype.itemsize and kind == "cuda" and not torch.version.hip:
+        fits &= torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin >= 7 * 2**14
     if impl == "triton" and not (fits and kind in DEVICES):
         why = "no GPU there, nor TRITON_INTERPRET=1 at import" if triton else "triton is missing or too old"
         raise (RuntimeError(f'impl="triton" cannot run on {kind}: {why}') if fits else
