@@ -147,12 +147,12 @@ def _plan(z, backward):
     z = z if z.stride(1) == 1 else z.contiguous()
     tf32 = getattr(torch.backends.cuda.matmul, "fp32_precision", "") == "tf32" and not torch.version.hip
     return z, dict(D=z.shape[1], PREC="tf32" if tf32 else "ieee", enable_fp_fusion=True,
-                   **_tiles(z.shape[1], z.dtype.itemsize, _shared_memory(z), backward))
+                   **_tiles(*z.shape, z.dtype.itemsize, _shared_memory(z), backward))
 
 
-def _tiles(D, itemsize, shared, backward):
+def _tiles(n, D, itemsize, shared, backward):
     """A table, not a tuner: the same bits on every run. None spills on sm_80, 90, 100, gfx90a, gfx942."""
-    wide, pow2 = D > 128, max(16, 1 << (D - 1).bit_length())
+    wide, pow2, few = D > 128, max(16, 1 << (D - 1).bit_length()), n <= 131 * 128    # less than one each SM
     if not shared:                                                # BM, BN, BD, BO, num_warps, num_stages
         tile = 32, 32, 64, 64, 4, 1
     elif itemsize == 8:
@@ -164,9 +164,9 @@ def _tiles(D, itemsize, shared, backward):
     elif shared < 160_000:
         tile = 64, 32 if backward else 64, 128, 128, 4, 2
     elif backward:
-        tile = 64 if wide else 128, 64, 64 if wide else 128, 256, 8, 3
+        tile = 64 if wide or few else 128, 64, 64 if wide else 128, 256, 8, 3
     else:
-        tile = 128, 128 if wide and shared > 200_000 else 64, 64 if wide else 128, 256, 8, 3
+        tile = 64 if few else 128, 128 if wide and shared > 200_000 else 64, 64 if wide else 128, 256, 8, 3
     BM, BN, BD, BO, num_warps, num_stages = tile
     options = dict(BM=BM, BN=BN, BD=min(BD, pow2), num_warps=num_warps, num_stages=num_stages)
     return options | dict(BO=min(BO, pow2)) if backward else options

@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 2**16)
 
 def tiles(t):
     """Run with this tile, whatever the table says."""
-    def plan(D, itemsize, shared, backward):
+    def plan(n, D, itemsize, shared, backward):
         return {k: v for k, v in t.items() if backward or k != "BO"} | dict(num_warps=4, num_stages=1)
     return mock.patch.object(contrastive, "_tiles", plan)
 

@@ -30,8 +30,8 @@ SPILLS = {("attention", "tf32", "sm_86"): 16, ("slot_attention", "bf16", "sm_86"
 
 
 def contrastive(k, new):                                          # k: the module; new(*shape): a tensor
-    for D in 128, 512:
-        z, lse, go = new(1024, D), new(2, 1024, acc=True), new(acc=True)
+    for n, D in (1024, 128), (32768, 128), (1024, 512), (32768, 512):
+        z, lse, go = new(n, D), new(2, n, acc=True), new(acc=True)
         k._forward_triton(z, .1)
         k._backward_triton(go, z, lse, .1)
 
