@@ -14,7 +14,7 @@ Ramesh et al. Zero-Shot Text-to-Image Generation. ICML 2021, arXiv 2102.12092.
 Good at: pre-training for fine-tuning; no texture to paint. Not at: what the tokenizer does not tell apart.
 
 Run      python methods/beit.py
-         linear 28.0 ± 3.1 % (untrained 13.7; each seed at least +11), k-NN 21.8 ± 1.7 (11.7); 75 s on 2 cores
+         linear 29.0 ± 1.6 % (untrained 13.7; each seed at least +13), k-NN 22.2 ± 3.1 (11.7); 66 s on 2 cores
 Differs  a small dVAE of this file and of the same data, for DALL-E's, which sees pixels as they are; no
          stochastic depth; the keys' bias, which softmax cancels, stays; no jitter of colours; [CLS] decays,
          the tokenizer as much as the rest; the rate ends at 0, not 1e-5; bilinear crops; ImageNet's mean and

@@ -11,7 +11,7 @@ CVPR 2020, arXiv 2002.12247.
 Good at: invariance to the view, with no risk of a collapse. Not at: what the first network does not see.
 
 Run      python methods/bownet.py
-         linear 65.4 ± 1.4 % (untrained 27.9; each at least +35), k-NN 56.8 ± 1.3 (22.2); 104 s on 2 cores
+         linear 66.4 ± 2.4 % (untrained 27.9; each at least +35), k-NN 57.0 ± 3.2 (22.2); 71 s on 2 cores
 Differs  no CutMix; words are noted, not counted; k-means sees 1,024 images; --paper has CIFAR-10 for 100, a
          ResNet-18, Nesterov, no decay of biases and norms, a cosine, and one rate, one batch for both stages;
          the quick run has AdamW, few words, a short first stage.

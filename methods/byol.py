@@ -13,7 +13,7 @@ Good at: image-level features from small batches, for there are no negatives. No
 constant solves the loss; predictor, stop-gradient and slow teacher keep it away (watch std and rank).
 
 Run      python methods/byol.py
-         linear 41.3 ± 2.8 % (untrained 27.2; each seed at least +12), k-NN 23.8 ± 1.1 (21.9); 90 s on 2 cores
+         linear 41.2 ± 0.8 % (untrained 27.2; each seed at least +13), k-NN 24.1 ± 1.6 (21.9); 81 s on 2 cores
 Differs  the teacher starts as a copy, not from a seed of its own; LARS has the rate inside the momentum, as
          SimCLR's code; crops are resized bilinearly, brightness is multiplied, not added; the quick run has
          AdamW, a faster teacher, larger crops, no blur or solarise.

@@ -15,8 +15,8 @@ colour, or telling apart what only colour does: the encoder never sees it, the p
 A middle layer may be the best, so each is probed.
 
 Run      python methods/colorization.py
-         linear 37.7 ± 1.6 % (untrained 23.1; each seed at least +14), k-NN 27.1 ± 1.4 (23.9), layer 2 in
-         2 x 2 cells linear 48.5 (34.1); 62 s on 2 cores. Chroma at T = 1, .38, 0: 17, 19, 31; truth 30
+         linear 38.2 ± 1.1 % (untrained 23.1; each seed at least +13), k-NN 27.1 ± 0.8 (23.9), layer 2 in
+         2 x 2 cells linear 48.8 (34.1); 42 s on 2 cores. Chroma at T = 1, .38, 0: 17, 19, 31; truth 30
          --loss l2: linear 38.9 ± 2.7, k-NN 33.4 ± 1.3; chroma 10: washed out, but no worse features
 Differs  a ResNet that sees L three times over, not a dilated VGG; the head has one 3x3 convolution, not two;
          the prior is that of places in 4,000 images; the loss is a mean, not a sum; views are resized crops,

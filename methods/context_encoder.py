@@ -15,7 +15,7 @@ which paints the mean of all that could be there; the adversarial loss (--advers
 cost in error. The encoder never sees a whole image in training.
 
 Run      python methods/context_encoder.py
-         linear 37.3 ± 0.8 % (untrained 27.2; each seed at least +9), k-NN 31.0 ± 0.5 (21.9); 56 s on 2 cores
+         linear 38.0 ± 1.9 % (untrained 27.2; each seed at least +8), k-NN 31.7 ± 0.7 (21.9); 33 s on 2 cores
          squared error in the hole .074, of the smoothest continuation of its border .078, mean colour .189
          --adversarial .001: linear 35.8 ± 1.3, k-NN 30.3 ± 1.3, error .081
 Differs  a ResNet for AlexNet up to pool5; the channel-wise layer starts as the identity; the decoder halves

@@ -16,8 +16,8 @@ set green apart from red and blue; one that parts these two needs --colour drop.
     python methods/context_prediction.py --aberration .06 --colour keep
 
 Run      python methods/context_prediction.py
-         k-NN 69.3 ± 2.0 % (untrained 25.7; each seed at least +41), linear 61.1 ± 2.3 (23.8); of the pairs of
-         1,000 test images 38.1 ± 0.6 % are told right (chance 12.5); 56 s on 2 cores
+         k-NN 68.5 ± 2.5 % (untrained 25.7; each seed at least +40), linear 59.5 ± 0.8 (23.8); of the pairs of
+         1,000 test images 37.8 ± 0.9 % are told right (chance 12.5); 34 s on 2 cores
          cheating: pairs 73.8 ± 2.6, k-NN 49.2 ± 1.3; with that lens, not keeping the colours: 39.7, 69.9
 Differs  the encoder is a ResNet, its mean in place of fc6, and its BatchNorm has scales; a pair's first patch
          is the centre of a 3 x 3 grid, which alone has eight neighbours; views are resized crops, mirrored or

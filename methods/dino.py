@@ -15,8 +15,8 @@ object from all else that the crops share (--data toys: grounds with colours of 
 apart). --no-centering: one prototype wins, perplexity 1. --no-sharpening: all stay equal, the loss at ln K.
 
 Run      python methods/dino.py
-         linear 47.2 ± 0.7 % (untrained 35.9; each seed at least +11), k-NN 44.4 ± 1.6 (32.5); IoU of the
-         attention nearest to the object .50 ± .10 (.25; of discs that never look .49); 93 s on 2 cores
+         linear 47.0 ± 0.8 % (untrained 35.9; each seed at least +10), k-NN 44.4 ± 1.6 (32.5); IoU of the
+         attention nearest to the object .50 ± .10 (.25; of discs that never look .49); 66 s on 2 cores
 Differs  no stochastic depth; the rate falls to 0; crops are resized bilinearly, positions to the crop's exact
          number of patches; the last layer's rows stay of length 1, which the official long run trains; the
          quick run has grey grounds, two local crops, a sharper teacher that moves faster, and neither blur

@@ -11,8 +11,8 @@ Gap to Real-World Object-Centric Learning. ICLR 2023, arXiv 2209.14860.
 Good at: things that its encoder tells apart. Not at: more than that; outlines finer than a patch.
 
 Run      python methods/dinosaur.py
-         mBO .44 ± .01 (untrained .13, blocks .22, k-means of h .43), ARI .56 ± .02 (-.03, .04, .54), FG-ARI
-         .47 ± .01 (.09, .39, .40); 93 s on 2 cores, after dino.py's own run
+         mBO .45 ± .00 (untrained .13, blocks .22, k-means of h .43), ARI .57 ± .01 (-.03, .04, .54), FG-ARI
+         .47 ± .00 (.09, .39, .40); 41 s on 2 cores, after dino.py's own run
 Differs  the encoder is dino.py's small ViT of single toys, or --weights; features are told normalised, unless
          --no-norm; mlp has positions in each slot's frame, too (2302.04973), unless --no-relative; a
          cosine, not halving; no flips; AdamW; autoregressive: no bias in attention, a last norm, BOS .02.

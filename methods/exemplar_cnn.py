@@ -16,8 +16,8 @@ classifier grows with it, and of patches that look alike each must be told from 
 stays small, but compares only what meets in a batch.
 
 Run      python methods/exemplar_cnn.py
-         linear 61.1 ± 1.1 % (untrained 27.2; each seed at least +32), k-NN 57.3 ± 0.9 (21.9); of distorted
-         test patches 73 ± 5 % are nearest to their own of 64 seeds (untrained 13); 56 s on 2 cores
+         linear 60.3 ± 0.3 % (untrained 27.2; each seed at least +32), k-NN 58.1 ± 0.2 (21.9); of distorted
+         test patches 73 ± 3 % are nearest to their own of 64 seeds (untrained 14); 36 s on 2 cores
          --loss triplet: linear 51.4 ± 0.5, k-NN 41.6 ± 1.0, own seed 42 ± 4
 Differs  the encoder is a ResNet, with a BatchNorm before the classifier; distortions are drawn anew at each
          step (Eq. 3), not 100 a seed once, and factors and powers evenly in their logarithm; an image has one

@@ -16,7 +16,7 @@ Your Students: Attention-Guided Masked Image Modeling. ECCV 2022, arXiv 2203.127
 Good at: features of patches, and of [CLS] for k-NN. Not at: few steps, after which DINO is level.
 
 Run      python methods/ibot.py
-         linear 47.4 ± 1.4 % (untrained 35.9; each seed at least +9), k-NN 42.2 ± 1.1 (32.5); 71 s on 2 cores
+         linear 47.4 ± 1.4 % (untrained 35.9; each seed at least +9), k-NN 42.2 ± 1.1 (32.5); 68 s on 2 cores
 Differs  as dino.py: no stochastic depth, rows of the last layer of length 1, the rate falls to 0, bilinear
          crops, positions resized exactly; the quick run has grey grounds, a sharper and faster teacher, no
          local crops, no blur.

@@ -12,8 +12,8 @@ Good at: completing images, with no idea of their two dimensions. Not at: large 
 The features are a middle layer's, for the last is about the next pixel; so short a run has not come to that.
 
 Run      python methods/igpt.py
-         1.25 ± .02 nats a token (histogram 4.03); 60 s on 2 cores
-         linear 20.6 ± 1.8 % (untrained 13.3; each seed at least +4), k-NN 16.7 ± 1.9 (12.1)
+         1.25 ± .02 nats a token (histogram 4.03); 55 s on 2 cores
+         linear 20.7 ± 1.9 % (untrained 13.1; each seed at least +4), k-NN 16.7 ± 1.9 (12.1)
 Differs  images are only flipped; an MLP's weights start by its width, as attention's do (the code: .02);
          the quick run is small: 12 x 12 pixels, 64 colours, of this data.
 """

@@ -14,7 +14,7 @@ Good at: showing that no label is needed to learn what images have in common. No
 image meets its own feature once an epoch, and the first epoch finds a random bank.
 
 Run      python methods/instdisc.py
-         linear 35.4 ± 0.8 % (untrained 26.4; each seed at least +7), k-NN 26.0 ± 0.7 (20.2); 82 s on 2 cores
+         linear 35.8 ± 0.6 % (untrained 26.3; each seed at least +7), k-NN 26.3 ± 0.7 (20.2); 59 s on 2 cores
 Differs  momentum is Nesterov's, biases and norms do not decay; the rate falls by a cosine; milder jitter, of
          four in five views; the quick run has AdamW, tau .2 and the exact softmax. --proximal, off, is the
          paper's term; the official code has none.

@@ -18,7 +18,7 @@ change; a fast teacher, whose old keys no longer fit the new. BatchNorm can tell
 batch: hence groups with statistics of their own, among which the keys are shuffled (v1 and v2).
 
 Run      python methods/moco.py
-         linear 41.4 ± 1.3 % (untrained 27.2; each seed at least +13), k-NN 30.6 ± 0.3 (21.9); 77 s on 2 cores
+         linear 41.6 ± 1.2 % (untrained 27.2; each seed at least +13), k-NN 30.7 ± 1.1 (21.9); 59 s on 2 cores
          python methods/moco.py --version 3 --encoder vit_micro/8 --batch_size 64 --steps 600
          seed 0: linear 36.1 % (untrained 17.8), k-NN 18.6 (13.3)
 Differs  the queue starts with keys in place of random rows, so that the loss starts near ln(K+1); v1 and v3

@@ -10,7 +10,7 @@ Learning. CVPR 2021, arXiv 2012.11552.
 Good at: context, for a crop must tell what lies outside. Not at: starting; its first words are random.
 
 Run      python methods/obow.py
-         linear 48.4 ± 1.9 % (untrained 27.9; each seed at least +17), k-NN 38.1 ± 5.0 (22.2); 68 s on 2 cores
+         linear 48.6 ± 1.9 % (untrained 27.9; each seed at least +17), k-NN 38.2 ± 5.2 (22.2); 46 s on 2 cores
 Differs  cross-entropy, not KL: same gradient; patches drawn singly; small maps keep their border; Nesterov,
          biases, norms do not decay; rate to 0; quick: AdamW, few words, no patches, blur, kappa 1, m .95.
 """

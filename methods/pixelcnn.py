@@ -13,8 +13,8 @@ Good at: exact likelihoods of small images. Not at: speed, a sample takes 3HW pa
 those of the first layer get better, deeper ones are about the next value alone and get worse.
 
 Run      python methods/pixelcnn.py
-         5.43 ± .10 bits per dimension (histogram 7.67); 72 s on 2 cores
-         linear 42.2 ± 1.4 % (untrained 36.5; each seed at least +3), k-NN 12.8 ± 0.7 (14.1), no better
+         5.40 ± .10 bits per dimension (histogram 7.67); 22 s on 2 cores
+         linear 41.4 ± 1.3 % (untrained 36.4; each seed at least +3), k-NN 12.5 ± 1.9 (14.1), no better
 Differs  the head sees the last layer only; no classes to condition on; images are flipped at random; beyond
          the border is the mean colour, and nothing says so; AdamW and its rate, gated layers at the depth and
          width of 1601.06759, with --paper as well; the quick run is small, at 12 x 12 pixels.

@@ -13,7 +13,7 @@ Good at: image-level features, with neither labels nor a teacher. Not at: small 
 ignores whatever the views change; without colour jitter it matches two crops by their colours alone.
 
 Run      python methods/simclr.py
-         linear 50.7 ± 1.8 % (untrained 27.2; each seed at least +21), k-NN 41.0 ± 1.0 (21.9); 71 s on 2 cores
+         linear 50.6 ± 2.3 % (untrained 27.2; each seed at least +21), k-NN 40.3 ± 0.5 (21.9); 64 s on 2 cores
 Differs  pixels are normalised; crops are bilinear, not bicubic; blur mirrors the border; the last BatchNorm
          has a shift, blocks do not start as the identity; half the code's loss: biases, norms learn half as
          fast; the quick run has AdamW, larger crops, half the colour strength, tau .2 and no blur.

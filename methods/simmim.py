@@ -11,7 +11,7 @@ Good at: simplicity; any encoder will do, for it sees the mask tokens. Not at: s
 features for k-NN as they are. Squares of one patch would be too easy: the neighbours tell them.
 
 Run      python methods/simmim.py
-         linear 30.6 ± 0.2 % (untrained 18.2; each seed at least +11), k-NN 14.3 ± 0.1 (12.2); 58 s on 2 cores
+         linear 30.4 ± 0.6 % (untrained 18.2; each seed at least +11), k-NN 14.9 ± 0.6 (12.2); 59 s on 2 cores
 Differs  learned positions, for a bias by relative position; they and [CLS] decay; the keys' bias, which
          softmax cancels, stays; no layer scale, no stochastic depth, no smaller start of deep layers; the
          rate follows a cosine, as for Swin; the probe sees the mean of the patches.

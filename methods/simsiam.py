@@ -13,7 +13,7 @@ Good at: image-level features from small batches, with neither negatives nor a t
 it works: a constant has the best loss, -1, too (watch std and rank).
 
 Run      python methods/simsiam.py
-         linear 39.5 ± 0.5 % (untrained 27.2; each seed at least +11), k-NN 24.5 ± 0.2 (21.9); 83 s on 2 cores
+         linear 40.1 ± 2.2 % (untrained 27.2; each seed at least +11), k-NN 24.4 ± 1.3 (21.9); 71 s on 2 cores
 Differs  momentum is Nesterov's, biases and norms do not decay, blocks do not start as the identity; the quick
          run has AdamW, the two-layer projector that the paper has for CIFAR-10, larger crops and no blur.
 """

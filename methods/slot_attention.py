@@ -11,8 +11,8 @@ Good at: parting scenes of things of one colour on plain ground, without a label
 colour tells no things apart; leaving a slot empty: one that is to spare shares a toy with another.
 
 Run      python methods/slot_attention.py
-         ARI .63 ± .02 (untrained -.02; four equal blocks .02), mBO .46 ± .01 (.09; .16), FG-ARI .52 ± .02
-         (.12; .46), of the attention .56 ± .02, each seed above both; 156 s on 2 cores
+         ARI .59 ± .04 (untrained -.02; four equal blocks .02), mBO .44 ± .02 (.09; .16), FG-ARI .53 ± .02
+         (.12; .46), of the attention .57 ± .02, each seed above both; 42 s on 2 cores
 Differs  the decoder's positions count from the mean of each slot's attention, in its standard deviations, as
          Invariant Slot Attention's (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the
          image's middle (paper: its sides). Squares and products of positions enter, the encoder's too; pixels

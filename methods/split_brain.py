@@ -15,8 +15,8 @@ Other pairs of channels do as well, such as RGB and depth. Not at: data where on
 here most cells are ground, of any colour, and the loss stays near what needs no look.
 
 Run      python methods/split_brain.py
-         linear 47.0 ± 1.6 % (untrained 37.9; each seed at least +6), layer 2 in 2 x 2 cells 59.4 (52.6), but
-         k-NN 22.7 ± 1.4 (24.2); 76 s on 2 cores. Layer 2 of --variant l_to_ab, ab_to_l, autoencoder: 56.9,
+         linear 47.5 ± 1.4 % (untrained 37.8; each seed at least +7), layer 2 in 2 x 2 cells 60.1 (52.7), but
+         k-NN 23.5 ± 0.4 (24.2); 50 s on 2 cores. Layer 2 of --variant l_to_ab, ab_to_l, autoencoder: 56.9,
          55.7, 52.3; their last one: linear 44.2, 42.5, 46.1, k-NN 30.9, 27.4, 26.2
 Differs  halves are whole ResNets, not an AlexNet cut along its channels; every variant has two, so that all
          have one size: a single direction is learned twice, from two starts; heads are a 3x3 and a 1x1

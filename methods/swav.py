@@ -13,7 +13,7 @@ Good at: features and clusters without negatives or a teacher; small views are c
 than the number of prototypes (hence --queue); many-coloured grounds (--data toys), which become the clusters.
 
 Run      python methods/swav.py
-         linear 64.6 ± 1.8 % (untrained 42.6; each seed at least +20), k-NN 60.2 ± 1.4 (39.3); 80 s on 2 cores
+         linear 64.2 ± 1.9 % (untrained 42.6; each seed at least +20), k-NN 59.9 ± 1.4 (39.3); 59 s on 2 cores
 Differs  biases and norms have neither weight decay nor trust ratio; LARS has the rate inside the momentum;
          the rate rises from 0 and falls to 0; the queue counts from when it is full; the quick run has grey
          grounds, AdamW, larger crops, tau .25 and no blur.

@@ -14,7 +14,7 @@ Good at: image-level features without negatives, teacher, predictor or stop-grad
 at one view alone, so views may be of different kinds. Not at: doing without a balance of its weights.
 
 Run      python methods/vicreg.py
-         linear 43.1 ± 0.1 % (untrained 27.2; each seed at least +15), k-NN 31.6 ± 1.7 (21.9); 88 s on 2 cores
+         linear 43.4 ± 1.0 % (untrained 27.2; each seed at least +15), k-NN 32.1 ± 0.9 (21.9); 57 s on 2 cores
 Differs  LARS has the rate inside the momentum, as SimCLR's code; blocks do not start as the identity; crops
          are resized bilinearly; the rate ends at 0; the quick run has AdamW, narrower layers, larger crops,
          and neither blur nor solarise.

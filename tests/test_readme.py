@@ -63,6 +63,15 @@ def test_what_a_run_has_learned_can_be_used_as_shown(name, options, tmp_path):
     assert f'create_encoder("{cfg.encoder}", image_size=32{options})' in " ".join(README.split())
 
 
+def test_the_output_shown_first_is_that_of_the_committed_run():
+    """As Run.finish prints it, of MAE with seed 0."""
+    row, = (r for r in ROWS if (r["file"], r["method"], r["seed"]) == ("toys", "mae", 0))
+    shown = {"pixels, 16 x 16": row["pixels"], "untrained encoder": row["untrained"], "mae": row}
+    lines = [f"{name:27}{one['knn']:12.1f} {one['linear']:13.1f}" for name, one in shown.items()]
+    ends = f"{row['steps']} steps in {row['seconds']:.0f} s; result, encoder, pictures: runs/mae-toys-seed0"
+    assert "\n".join([*lines, "", ends, "```"]) in README
+
+
 def test_there_are_commands_and_links_lead_somewhere():
     assert len(COMMANDS) >= 8
     for link in re.findall(r"\]\((?!http)([^)#]+)\)|`((?:methods|kernels|tests)/[\w/]+\.py)`", README):
