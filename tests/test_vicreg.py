@@ -1,7 +1,7 @@
 """VICReg: the three terms against values known by hand."""
 import pytest
 import torch
-from running import Lookup, load
+from running import Lookup, load, train
 from torch import nn
 
 vicreg = load("vicreg")
@@ -71,3 +71,11 @@ def test_vicreg_projects_by_three_layers_with_batch_norm():
     m = load("vicreg").VICReg(Lookup(8), hidden=16, dim=12)
     layer = [nn.Linear, nn.BatchNorm1d, nn.ReLU]
     assert [type(x) for x in m.projector] == 2 * layer + layer[:1]
+
+
+def test_embeddings_shrink_to_a_point_without_the_variance_term(tmp_path, monkeypatch):
+    """The distance of two views is least where nothing varies: v, which is then not asked for, nears 1."""
+    flags = "--steps", "60", "--lr", "3e-3"
+    _, _, kept = train("vicreg", tmp_path / "a", monkeypatch, *flags, images=32)
+    _, losses, log = train("vicreg", tmp_path / "b", monkeypatch, *flags, "--variance", "0", images=32)
+    assert log["z_std"] < .3 < .7 < kept["z_std"] and kept["v"] < .8 < .95 < log["v"] and losses[-1] < .1
