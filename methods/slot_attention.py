@@ -59,7 +59,7 @@ class Config(common.Config):
     queries: bool = False          # slots start from a learned vector each, not from one Gaussian
 
 
-# Official code, CLEVR6: warm-up 10,000 steps; scenes of 6 things at most, cropped to [29:221, 64:256] by you.
+# Official code, CLEVR6: warm-up 10,000 steps. Give scenes of 6 things at most, cropped to [29:221, 64:256].
 PAPER = dict(data="folder:clevr", image_size=128, steps=500_000, batch_size=64, lr=4e-4, warmup=.02, clip=0.,
              k=7, width=64, dim=64, depth=4, stride=1, grid=8, up=4, relative=False)
 

@@ -315,6 +315,8 @@ def test_the_means_below_untrained_are_those_that_the_readme_names():
             below.add((file, name))
     assert below == {("toys", "pixelcnn"), ("toys", "split_brain"), ("toys", "video_colorization"),
                      ("cifar10", "context_encoder")}
+    told = " ".join(re.search(r"## What did not work(.*?)\n## ", README, re.S)[1].split()).lower()
+    assert all(table.methods()[name][0].lower() in told for _, name in below)
 
 
 @pytest.mark.parametrize("name", [name for _, name in table.grouped()])
