@@ -82,13 +82,22 @@ def blocks(k: int, size: int) -> Tensor:
     return (at * a // size * (k // a))[:, None][None] + at * (k // a) // size
 
 
-def compare(found: dict[str, Tensor], truth: Tensor | None) -> dict[str, float]:
-    """All scores side by side of soft masks [B,K,H,W], or of one partition [1,H,W] of all images; truth: the
-    masks [B or more,H,W]. Without it, nothing."""
+def averaged(truth: Tensor, side: int) -> Tensor:
+    """The truth [B,H,W] as soft masks [B,T+1,H,W] that know side x side places alone: its mean in each,
+    enlarged as predicted ones are. No bound: what is thin gets lost, and FG-ARI likes masks too wide."""
+    seen = truth != IGNORE
+    rows = F.one_hot(truth.long() * seen).movedim(3, 1) * seen[:, None].float()
+    return F.interpolate(F.adaptive_avg_pool2d(rows, side), truth.shape[1:], mode="bilinear")
+
+
+def compare(found: dict[str, Tensor], truth: Tensor | None, side: int) -> dict[str, float]:
+    """All scores side by side of soft masks [B,K,H,W], or of one partition [1,H,W] of all images, and of the
+    truth itself where it is known at side x side places alone; truth: the masks [B or more,H,W]. Without it,
+    nothing."""
     if truth is None:
         return {}
     rows, truth = {}, truth[:max((len(m) for m in found.values() if m.ndim == 4), default=None)]
-    for who, masks in found.items():
+    for who, masks in (found | {"truth averaged": averaged(truth, side)}).items():
         p = (masks.argmax(1) if masks.ndim == 4 else masks).to(truth.device).expand_as(truth)
         rows |= {f"{metric}, {who}": value for metric, value in scores(p, truth).items()}
     return rows

@@ -142,7 +142,7 @@ def main(cfg):
         run.print(f"WARNING: {text}")
     found = {"masks": masks, "attention": a, "untrained": before, "blocks": blocks(cfg.k, test.shape[3]),
              "k-means": enlarge(clusters(h, cfg.k), test.shape[3])}
-    return run.finish(**compare(found, data.test_masks))
+    return run.finish(**compare(found, data.test_masks, int(h.shape[1] ** .5)))
 
 
 if __name__ == "__main__":

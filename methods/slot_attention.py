@@ -142,7 +142,7 @@ def main(cfg):
     for text in complaints(masks):
         run.print(f"WARNING: {text}")
     found = dict(masks=masks, attention=a, untrained=before, blocks=blocks(cfg.k, test.shape[3]))
-    return run.finish(**compare(found, data.test_masks))
+    return run.finish(**compare(found, data.test_masks, test.shape[3] // cfg.stride))
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def main(cfg):
         run.print(f"WARNING: {text}")
     found |= {"untrained": enlarge(before, test.shape[3]), "blocks": blocks(cfg.k, test.shape[3]),
               "k-means": enlarge(clusters(h, cfg.k), test.shape[3])}
-    return run.finish(**compare(found, data.test_masks), **gradients)
+    return run.finish(**compare(found, data.test_masks, int(h.shape[1] ** .5)), **gradients)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from kernels.segmentation import (
     IGNORE,
     ari,
+    averaged,
     blocks,
     clusters,
     compare,
@@ -155,15 +156,28 @@ def test_clusters_find_what_is_apart():
 def test_compare_scores_each_beside_the_others():
     truth = blocks(4, 8).expand(2, -1, -1)                       # 0 is background, three objects
     perfect = torch.nn.functional.one_hot(truth, 5).movedim(3, 1).float()
-    rows = compare({"masks": perfect, "whole": torch.zeros(1, 8, 8)}, truth)
+    rows = compare({"masks": perfect, "whole": torch.zeros(1, 8, 8)}, truth, 8)
     assert all(rows[f"{metric}, masks"] == 1 for metric in ("ari", "fg_ari", "mbo", "miou"))
     assert rows["ari, whole"] == rows["fg_ari, whole"] == 0
     assert rows["mbo, whole"] == .25 and rows["miou, whole"] == pytest.approx(.25 / 3)   # one of three has it
-    assert len(rows) == 8
+    assert all(rows[f"{metric}, truth averaged"] == 1 for metric in ("ari", "fg_ari", "mbo", "miou"))
+    assert len(rows) == 12
+
+
+def test_the_truth_averaged_knows_as_many_places_as_it_says():
+    truth = torch.randint(4, (2, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert averaged(truth, 8).argmax(1).equal(truth)             # all places: the truth
+    left = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0], [IGNORE, 2, 0, 0], [IGNORE, 2, 0, 0]])[None]
+    share = averaged(left, 2)                                    # [1,3,4,4], corners are the places' own
+    assert share[0, :, 0, 0].tolist() == [0, 1, 0] and share[0, :, 0, 3].tolist() == [.5, .5, 0]
+    assert share[0, :, 3, 0].tolist() == [0, 0, .5] and share[0, :, 3, 3].tolist() == [1, 0, 0]
+    dot = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    dot[0, 3, 3] = 1                                             # a sixteenth of its place: lost
+    assert averaged(dot, 2).argmax(1).sum() == 0
 
 
 def test_a_grid_tells_toys_apart_only_where_toys_stand_on_one():
     """Why scenes for slots have jitter=1: else FG-ARI is near 1 for a cut into quarters that sees nothing."""
     for jitter, low, high in ((.22, .95, 1.), (1., .35, .6)):
         truth = toys(200, 1, objects=3, jitter=jitter, grey=True)["masks"]
-        assert low < compare({"blocks": blocks(4, 32)}, truth)["fg_ari, blocks"] < high
+        assert low < compare({"blocks": blocks(4, 32)}, truth, 32)["fg_ari, blocks"] < high
