@@ -1,4 +1,4 @@
-"""Runs every method and writes the README's tables from what was measured.
+"""Runs every method and writes the tables of README.md and results/README.md from what was measured.
 
     python results/table.py all [--flags]    run what is missing of every method, seeds 0 1 2, or --seed K
     python results/table.py rotnet,simclr [--flags]          the same of these
@@ -6,7 +6,7 @@
     python results/table.py logs             run each method that has no log yet with seed 0, keep its log
     python results/table.py curves           draw curves.png from the logs
     python results/table.py pictures         that, toys.png, what the runs with seed 0 have drawn, gallery.png
-    python results/table.py                  write the tables between the marks in README.md
+    python results/table.py                  write the tables between the marks of both pages
 
 A line of results/<data>.jsonl is a run's result.json with its command, commit and machine; nothing else gets
 into a table. Its seconds do not where the run did not have the machine for itself. A log's first line is the
@@ -26,6 +26,7 @@ from functools import cache, partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ROOT / "README.md", ROOT / "results/README.md"
 PROBES = ["k-NN, %", "linear, %", "untrained: k-NN, linear", "linear by layer"]
 COLUMNS = ["method", "year", "idea", "lines", "seconds", *PROBES[:3]]
 LOGS = ROOT / "results/logs"
@@ -286,16 +287,19 @@ def kernel_table(file):
     return "\n".join(lines)
 
 
-def readme(text):
-    """`text` with the table of each results file, or another view of it, between its marks."""
+def filled(page):
+    """The page's text with the table of each results file, or another view of it, between its marks; links
+    count from the page's folder."""
     views = dict(kernels=kernel_tables, variants=variants_table, logs=curves_shown, layers=layers_table,
                  objects=objects_table, tenth=tenth_table)
 
     def fill(m):
         how = views.get(re.split("[-.]", m[3].strip() if m[3] else m[2][8:])[0], table)
-        return f"{m[1]}{how(ROOT / m[2])}\n{m[4]}"
+        text = re.sub(r"(?<=\]\()(?!http)[^)]+", lambda link: os.path.relpath(ROOT / link[0], page.parent),
+                      how(ROOT / m[2]))
+        return f"{m[1]}{text}\n{m[4]}"
     marks = r"(<!-- (results/[\w.=-]+)( layers| objects| tenth)? -->\n).*?(<!-- end -->)"
-    return re.sub(marks, fill, text, flags=re.S)
+    return re.sub(marks, fill, page.read_text(), flags=re.S)
 
 
 def machine():
@@ -405,7 +409,7 @@ if __name__ == "__main__":
     elif what:
         names = [name for _, name in grouped()] if what == ["all"] else what[0].split(",")
         failed = run_all(names, sys.argv[2:])
-    page = ROOT / "README.md"
-    page.write_text(readme(page.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page))
     if failed:
         sys.exit("failed:\n" + "\n".join(failed))

@@ -1,4 +1,4 @@
-"""README and run.sh: what they show can be pasted, and every number has a run behind it."""
+"""README, results/README and run.sh: what they show can be pasted, and every number has a run behind it."""
 import importlib
 import json
 import os
@@ -18,13 +18,13 @@ import common
 from kernels.views import normalise
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+sys.path[:0] = [str(ROOT / "methods"), str(ROOT / "results")]
+table, pictures = map(importlib.import_module, ("table", "pictures"))
+README = "\n".join(page.read_text() for page in table.PAGES)
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", README, re.S)
             for line in block.splitlines() if re.match(r"(python|torchrun|\./run\.sh)\b", line)]
 FILES = sorted(f for f in (ROOT / "results").glob("*.jsonl") if not f.name.startswith("kernels-"))
 ROWS = [dict(json.loads(line), file=file.stem) for file in FILES for line in file.read_text().splitlines()]
-sys.path[:0] = [str(ROOT / "methods"), str(ROOT / "results")]
-table, pictures = map(importlib.import_module, ("table", "pictures"))
 
 
 def check(words):
@@ -72,14 +72,26 @@ def test_the_output_shown_first_is_that_of_the_committed_run():
     assert "\n".join([*lines, "", ends, "```"]) in README
 
 
+def sections(page):
+    """The names that links give the page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
 def test_there_are_commands_and_links_lead_somewhere():
     assert len(COMMANDS) >= 8
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)|`((?:methods|kernels|tests)/[\w/]+\.py)`", README):
-        assert (ROOT / (link[0] or link[1])).exists(), link
+    for page in table.PAGES:
+        for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+            to, _, section = link.partition("#")
+            file = page.parent / to if to else page
+            assert file.exists(), link
+            assert not section or section in sections(file), link
+    for file in re.findall(r"`((?:methods|kernels|tests|results)/[\w/]+\.py)`", README):
+        assert (ROOT / file).exists(), file
 
 
 def test_tables_are_generated_from_the_committed_results():
-    assert table.readme(README) == README
+    assert all(table.filled(page) == page.read_text() for page in table.PAGES)
     assert "<!-- results/kernels -->" in README                  # of each kernels-*.jsonl
     files = [file.name for file in FILES]
     marks = re.findall(r"<!-- results/(\S+\.jsonl|variants-\S+\.jsonl (?:objects|tenth)) -->", README)
