@@ -68,8 +68,11 @@ def grouped():
     return [(group, name) for group, names in GROUPS.items() for name in methods() if name in names.split()]
 
 
-def head(columns):
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+def grid(columns, rows):
+    """The lines of a table, without the columns that no row fills."""
+    kept = [i for i in range(len(columns)) if any(str(row[i]) for row in rows)]
+    first, *lines = [f"| {' | '.join(str(row[i]) for i in kept)} |" for row in [columns, *rows]]
+    return [first, "|---" * len(kept) + "|", *lines]
 
 
 def mean(values, digits=1):
@@ -82,21 +85,28 @@ def seeds_of(rows):
     return ", ".join(map(str, sorted({r["seed"] for r in rows})))
 
 
+def with_plain(results):
+    """The methods as they are, of toys.jsonl, with the seeds that the results have; then the results."""
+    names, seeds = ({r[key] for r in results} for key in ("method", "seed"))
+    plain = read(ROOT / "results/toys.jsonl")
+    return [r for r in plain if r["method"] in names and r["seed"] in seeds] + results
+
+
 def source(file, spread="mean ± standard deviation", base=False):
     """Below each table of runs: seeds, machines, where the lines are. base: so are those of toys.jsonl."""
     results, name, first = read(file), f"results/{file.name}", "results/toys.jsonl"
     seeds = seeds_of(results)
     spread = f", {spread}" if "," in seeds else " alone"
     machines = " and ".join(dict.fromkeys(r["machine"] for r in results))
-    first = f"\nLines without flags: [{first}]({first}), seeds {seeds_of(read(ROOT / first))}." * base
+    first = f"\nLines without flags: [{first}]({first})." * base
     return (f"Seeds: {seeds}{spread}. {machines}, torch {results[0]['torch']};\n"
             f"the command and the commit of each run are in [{name}]({name}).{first}")
 
 
 def label_of(command, rows, file):
     """The command as a cell, with its seeds where they are not those of all the file."""
-    seeds, whole = seeds_of(rows), {seeds_of(read(f)) for f in (file, ROOT / "results/toys.jsonl")}
-    return f"`{command}`" + (f" (seed{'s' * (',' in seeds)} {seeds})" if seeds not in whole else "")
+    seeds, whole = seeds_of(rows), seeds_of(read(file))
+    return f"`{command}`" + (f" (seed{'s' * (',' in seeds)} {seeds})" if seeds != whole else "")
 
 
 def by_layer(rows):
@@ -121,7 +131,7 @@ def table(file):
     papers = json.loads((ROOT / "results/papers.json").read_text())
     few = tenth(ROOT / "results/variants-tenth.jsonl") if toys else {}
     columns = COLUMNS + ["10 % of labels (scratch)"] * bool(few) + ["in the paper, not here"] * toys
-    lines = head(columns)
+    lines, untimed = [], False
     if not results:
         return "Not measured yet."
     worlds = {}                                                  # k-NN of pixels: its linear, who has it
@@ -133,22 +143,24 @@ def table(file):
         rows = [r for r in results if r["method"] == name]
         if not rows:
             continue
-        if (title := f"| **{group}** {'| ' * (len(columns) - 1)}|") not in lines:
+        if (title := [f"**{group}**", *[""] * (len(columns) - 1)]) not in lines:
             lines.append(title)
         title, *about = methods()[name]
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
-        spent += statistics.mean(quiet) * len(rows) if quiet else 0
+        spent, untimed = spent + statistics.mean(quiet or [0]) * len(rows), untimed or not quiet
         seconds = f"{statistics.mean(quiet):.0f}" if quiet else ""
         cells = [f"[{title}](methods/{name}.py){' †' * (name not in worlds[usual][1])}", *about, seconds]
         tuned = few[name][1] + f" ({few[name][2]})" if name in few else ""
         cells += probes(rows)[:3] + [tuned] * bool(few) + [paper(papers, name)] * toys
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(cells)
+    lines = grid(columns, lines)
     others = [f"{', '.join(who.values())}: k-NN {knn}, {linear}" for knn, (linear, who) in worlds.items()
               if knn != usual]
     lines.append(f"\nPixels, reduced to 16 x 16: k-NN {usual}, {worlds[usual][0]}"
                  + (f"; of other images (†): {'; '.join(others)}" if others else "") + ".")
-    lines.append(f"By the seconds shown (blank: others ran beside), all seeds train for {spent / 60:.0f} "
-                 "minutes;\ndata, evaluation and pictures are not counted.")
+    lines.append("Seconds: blank where other runs were beside." if untimed else
+                 f"By the seconds shown all seeds train for {spent / 60:.0f} minutes;\n"
+                 "data, evaluation and pictures are not counted.")
     return "\n".join([*lines, source(file)])
 
 
@@ -175,8 +187,8 @@ def tenth(file):
 
 def tenth_table(file):
     """What each method's encoder is worth with a tenth of the labels, beside the same from scratch."""
-    lines = head(["method", "labels", "fine-tuned, %", "from scratch, %", "frozen, linear, %"])
-    lines += [f"| {' | '.join([methods()[name][0], *cells])} |" for name, cells in tenth(file).items()]
+    lines = grid(["method", "labels", "fine-tuned, %", "from scratch, %", "frozen, linear, %"],
+                 [[methods()[name][0], *cells] for name, cells in tenth(file).items()])
     return "\n".join([*lines, "", source(file)])
 
 
@@ -185,9 +197,8 @@ def layers_table(file):
     found = {name: by_layer([r for r in read(file) if r["method"] == name]) for _, name in grouped()}
     found = {name: layers.split(", ") for name, layers in found.items() if layers}
     most = max(map(len, found.values()), default=0)
-    lines = head(["layer", *map(str, range(1, most + 1))])
-    for name, layers in found.items():
-        lines.append(f"| {' | '.join([methods()[name][0], *layers, *[''] * (most - len(layers))])} |")
+    lines = grid(["layer", *range(1, most + 1)], [
+        [methods()[name][0], *layers, *[""] * (most - len(layers))] for name, layers in found.items()])
     return "\n".join([*lines, "", source(file, "mean")])
 
 
@@ -198,14 +209,13 @@ def objects_table(file):
     papers = json.loads((ROOT / "results/papers.json").read_text())
     rows = [r for r in read(file) if any(key.startswith("fg_ari, ") for key in r)]
     if variants:
-        names = {r["method"] for r in rows}
-        rows = [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + rows
+        rows = with_plain(rows)
     for r in sorted(rows, key=lambda r: list(methods()).index(r["method"])):
         groups.setdefault(command_of(r) if variants else r["method"], []).append(r)
     scores = {key: label for key, label in dict(ari="ARI", fg_ari="FG-ARI", mbo="mBO", miou="mIoU").items()
               if all(any(k.startswith(f"{key}, ") for k in r) for r in rows)}    # older rows lack mIoU
-    lines = head(["command" if variants else "method", "masks of", *scores.values()]
-                 + ["lines", "seconds", "in the paper, not here"] * (not variants))
+    columns = ["command" if variants else "method", "masks of", *scores.values()]
+    columns, lines = columns + ["lines", "seconds", "in the paper, not here"] * (not variants), []
     for key, rows in groups.items():
         quiet = [r["seconds"] for r in rows if not r.get("busy")]
         title, year, _, length = methods()[rows[0]["method"]]
@@ -216,9 +226,9 @@ def objects_table(file):
         for who in (k.removeprefix("fg_ari, ") for k in rows[0] if k.startswith("fg_ari, ")):
             if not variants or who not in ("untrained", "blocks", "truth averaged"):
                 cells = [mean((r[f"{key}, {who}"] for r in rows), 2) for key in scores]
-                lines.append(f"| {' | '.join(map(str, [first[0], who, *cells, *first[1:]]))} |")
+                lines.append([first[0], who, *cells, *first[1:]])
                 first = [""] * len(first)
-    return "\n".join([*lines, "", source(file, base=variants)])
+    return "\n".join([*grid(columns, lines), "", source(file, base=variants)])
 
 
 def command_of(row):
@@ -242,8 +252,7 @@ def variants_table(file):
     groups, results = {}, read(file)
     if not results:
         return "Not measured yet."
-    names = {r["method"] for r in results}
-    for r in [r for r in read(ROOT / "results/toys.jsonl") if r["method"] in names] + results:
+    for r in with_plain(results):
         groups.setdefault(command_of(r), []).append(r)
     own = {}                                                     # in a row: ..., untrained, own, loss, ...
     for one in (list(rows[0].items()) for rows in groups.values()):
@@ -251,15 +260,15 @@ def variants_table(file):
         own |= {k: 0 for k, value in one[names.index("untrained") + 1:names.index("loss")]
                 if isinstance(value, float)}
     own |= {k: 0 for k in ("z_std", "z_rank", "perplexity") if "collapse" in file.name}
-    lines = head(["command", "loss", *(k.replace("_", " ") for k in own), *PROBES])
+    columns, lines = ["command", "loss", *(k.replace("_", " ") for k in own), *PROBES], []
     for command, rows in groups.items():
         cells = [label_of(command, rows, file), mean((r["loss"] for r in rows), 3)]
         for k in own:
             digits = next(d for d, above in ((1, 10), (2, 2), (3, -1)) if rows[0].get(k, 0) > above)
             cells.append(mean((r[k] for r in rows), digits) if k in rows[0] else "")
-        lines.append(f"| {' | '.join(cells + probes(rows))} |")
+        lines.append(cells + probes(rows))
     base = any(command_of(r) == f"python methods/{r['method']}.py" for rows in groups.values() for r in rows)
-    return "\n".join([*lines, "", source(file, base=base)])
+    return "\n".join([*grid(columns, lines), "", source(file, base=base)])
 
 
 def kernel_tables(path):
@@ -271,8 +280,8 @@ def kernel_tables(path):
 def kernel_table(file):
     """A line for each way to compute the same."""
     rows = list({(r["name"], r["shape"], r["way"]): r for r in read(file)}.values())
-    lines = head(["what", "shape", "how", "ms (20 to 80 %)", "x first", "of bound", "extra MiB", "images/s"])
-    first = {(r["name"], r["shape"]): r.get("ms") for r in rows[::-1]}
+    columns = ["what", "shape", "how", "ms (20 to 80 %)", "x first", "of bound", "extra MiB", "images/s"]
+    lines, first = [], {(r["name"], r["shape"]): r.get("ms") for r in rows[::-1]}
     for r in rows:
         ms = f"{r['ms']:.3g} ({r['low']:.3g} to {r['high']:.3g})" if "ms" in r else r["error"]
         bound = f"{r['percent']:.0f} % of {r['of']}" if "percent" in r else ""
@@ -280,8 +289,8 @@ def kernel_table(file):
         times = f"{r['ms'] / base:.3g}" if base and "ms" in r else ""
         cells = [r["name"], r["shape"], r["way"], ms, times, bound]
         cells += [str(r.get(key, "")) for key in ("extra_mib", "images_per_second")]
-        lines.append(f"| {' | '.join(cells)} |")
-    name, one = f"results/{file.name}", rows[-1]
+        lines.append(cells)
+    name, one, lines = f"results/{file.name}", rows[-1], grid(columns, lines)
     lines.append(f"\n{one['machine']}, torch {one['torch']}, triton {one['triton']};")
     lines.append(f"the command and the commit of each line are in [{name}]({name}).")
     return "\n".join(lines)

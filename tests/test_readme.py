@@ -187,7 +187,7 @@ def test_a_line_of_other_seeds_says_so(tmp_path):
     assert two.startswith("| `python methods/mae.py --clip 2` (seeds 0, 1) | 1.000 ± 0.000 |")
     assert three.startswith("| `python methods/mae.py --clip 3` | 1.000 ± 0.000 |")
     assert seeds.startswith("Seeds: 0, 1, 2, mean ± standard deviation. m, torch t;")
-    assert first == "Lines without flags: [results/toys.jsonl](results/toys.jsonl), seeds 0, 1, 2."
+    assert first == "Lines without flags: [results/toys.jsonl](results/toys.jsonl)."
 
 
 def test_masks_of_variants_are_shown_by_command_without_the_seed(tmp_path):
