@@ -73,8 +73,8 @@ class Config:
     save_every: int = 0            # steps between checkpoints; 0 makes ten in a run
 
 POSITIVE = ("steps|.*(size|dim|heads).*|lr.*|tau.*|eps|layers|depth|width|hidden|k|cells?|square|patch|first|"
-            "splits|rounds|grid|stride|(mask_)?ratio|hide|classes|orders|kernel|times|prototypes|colours")
-SHARES = "crop(_max|_local)?|labels|dropout|m|ratio|share|keep|adversarial|blur|solarise|rise|freeze|decay"
+            "splits|rounds|grid|stride|mask_ratio|hide|classes|orders|kernel|times|prototypes|colours")
+SHARES = "crop(_max|_local)?|labels|dropout|m|share|keep|adversarial|blur|solarise|rise|freeze|decay"
 BELOW_ONE = "momentum|beta2|warmup|mask_ratio|hide|smoothing"
 MAY_CHANGE = "resume", "save_every", "device", "data_dir", "out"  # what may differ when a run is resumed
 

@@ -176,13 +176,13 @@ def _tiles(D, itemsize, backward):
 
 # ---- operators: what PyTorch runs on a device that has no kernel
 
-@torch.library.custom_op("ssl::attention", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, rows: Tensor, shift: int,
              scale: float) -> tuple[Tensor, Tensor, Tensor]:
     p, _, v = _softmax(*(x.to(_acc(q)) for x in (q, k, v)), padding, shift, scale)
     return (p @ v).to(q.dtype), p.new_zeros(*q.shape[:2], 2, q.shape[2]), p[:, :, rows]
 
-@torch.library.custom_op("ssl::attention_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::attention_backward", mutates_args=())
 def _backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, out: Tensor, norm: Tensor,
               shift: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     dtype, (do, q, k, v) = q.dtype, (x.to(_acc(q)) for x in (do, q, k, v))

@@ -31,10 +31,10 @@ BLOCK = 256                                                       # output pixel
 
 
 class Params(NamedTuple):
-    box: Tensor | None       # [n,4] int64  top, left, height, width of the crop
+    box: Tensor | None       # [n,4] int64  top, left, height, width of the crop, inside the image
     flip: Tensor | None      # [n]   bool   mirror left-right
     jitter: Tensor | None    # [n,4] float  three factors, hue shift in turns; (1,1,1,0) = not jittered
-    order: Tensor | None     # [n,4] int64  which jitter operation comes first, second, third, fourth
+    order: Tensor | None     # [n,4] int64  with jitter: which operation comes first, second, third, fourth
     grey: Tensor | None      # [n]   bool
     sigma: Tensor | None     # [n]   float  blur, in output pixels; 0 = not blurred
     solarise: Tensor | None  # [n]   bool
@@ -217,7 +217,7 @@ if triton:
 
 # ---- operator and public
 
-@torch.library.custom_op("ssl::augment", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::augment", mutates_args=())
 def _forward(x: Tensor, params: list[Tensor | None], size: int, kernel: bool) -> Tensor:
     if kernel:
         return _forward_triton(x, Params(*params), size)

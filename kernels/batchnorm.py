@@ -24,7 +24,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         var = all_reduce(x.square().mean(dims)) / world          # [C], biased
         n = x.numel() / x.shape[1] * world
         self.num_batches_tracked += 1
-        for running, now in (self.running_mean, mean), (self.running_var, var * n / (n - 1)):
+        for running, now in (self.running_mean, mean), (self.running_var, var * n / max(n - 1, 1)):
             running.lerp_(now.detach().to(running.dtype), self.momentum)
         x = x * (var + self.eps).rsqrt().view(per_channel)
         if self.affine:

@@ -180,12 +180,12 @@ def _shared_memory(z):
     return max(gpu.shared_memory_per_block, getattr(gpu, "shared_memory_per_block_optin", 0))
 
 # ---- operators: what PyTorch runs on a device that has no kernel
-@torch.library.custom_op("ssl::clip_loss", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::clip_loss", mutates_args=())
 def _forward(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     loss = clip_loss_reference(a.to(scale.dtype), b.to(scale.dtype), scale * LN2)
     return loss, loss.new_zeros(2, 2 * len(a))                    # only the kernel needs lse
 
-@torch.library.custom_op("ssl::clip_loss_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::clip_loss_backward", mutates_args=())
 def _backward(a: Tensor, b: Tensor, scale: Tensor, lse: Tensor, both: bool) -> tuple[Tensor, Tensor, Tensor]:
     a, b = a.to(scale.dtype), b.to(scale.dtype)
     with torch.autocast(a.device.type, enabled=False):            # the caller may be inside of one

@@ -17,7 +17,7 @@ def mix(matrix, x):                                              # [3,3], [B,3,H
 
 
 def rgb_to_lab(x):
-    """Colours [B,3,H,W] in 0..1 -> L in 0..100, a and b in about -110..110."""
+    """Colours [B,3,H,W], floats in 0..1 -> L in 0..100, a and b in about -110..110."""
     linear = torch.where(x > .04045, ((x.clamp(min=0) + .055) / 1.055) ** 2.4, x / 12.92)
     t = mix(XYZ, linear)                                         # [B,3,H,W]  X, Y, Z of white are 1
     f = torch.where(t > (6 / 29) ** 3, t.clamp(min=1e-8) ** (1 / 3), t * (29 / 6) ** 2 / 3 + 4 / 29)

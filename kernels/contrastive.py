@@ -181,7 +181,7 @@ def _shared_memory(z):
 
 # ---- operators: what PyTorch runs on a device that has no kernel
 
-@torch.library.custom_op("ssl::nt_xent", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::nt_xent", mutates_args=())
 def _forward(z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     z = z.to(_acc(z))
     c = (z @ z.T).fill_diagonal_(-math.inf)                       # [2N,2N]
@@ -190,7 +190,7 @@ def _forward(z: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     loss = (top - c.diagonal(len(z) // 2).repeat(2)) / tau + log * math.log(2)
     return loss.mean(), torch.stack([top, log])
 
-@torch.library.custom_op("ssl::nt_xent_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::nt_xent_backward", mutates_args=())
 def _backward(go: Tensor, z: Tensor, lse: Tensor, tau: float) -> Tensor:
     z32, n = z.to(_acc(z)), len(z)
     top, log = lse[:, :, None]                                    # [2N,1], [2N,1]

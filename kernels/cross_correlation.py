@@ -139,7 +139,7 @@ def _shared_memory(z):
 
 # ---- operators: what PyTorch runs on a device that has no kernel. b: None for b = a
 
-@torch.library.custom_op("ssl::cross_correlation", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::cross_correlation", mutates_args=())
 def _forward(a: Tensor, b: Tensor | None, n: int, on: float, off: float) -> tuple[Tensor, Tensor]:
     c = _matmul(a.T, a if b is None else b) / n                   # [D,D]    C
     e, g = c.diagonal() - 1, off * c                              # [D], [D,D]  G
@@ -147,7 +147,7 @@ def _forward(a: Tensor, b: Tensor | None, n: int, on: float, off: float) -> tupl
     return on * e.square().sum() + off * c.fill_diagonal_(0).square().sum(), g.to(a.dtype)
 
 
-@torch.library.custom_op("ssl::gram", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::gram", mutates_args=())
 def _gram(a: Tensor, b: Tensor | None, n: int, on: float, off: float) -> tuple[Tensor, Tensor, Tensor]:
     k = torch.stack([_matmul(z, z.T) for z in (a, b) if z is not None]) / n       # [2,N,N]  A / n, B / n
     c = (a.to(_acc(a)) * (a if b is None else b)).sum(0) / n      # [D]      C_ii
@@ -156,7 +156,7 @@ def _gram(a: Tensor, b: Tensor | None, n: int, on: float, off: float) -> tuple[T
     return loss, (off * unit * k).to(a.dtype), unit * (on * (c - 1) - off * c)
 
 
-@torch.library.custom_op("ssl::cross_correlation_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::cross_correlation_backward", mutates_args=())
 def _backward(go: Tensor, coef: float, x: Tensor, y: Tensor, z: Tensor | None, d: Tensor | None,
               own: Tensor) -> Tensor:                             # own: only to be asked a second derivative
     xy = _matmul(x, y)                                            # [N,D]    b G^T or a G; B a or A b

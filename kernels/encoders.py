@@ -140,6 +140,8 @@ class ViT(nn.Module):
     def __init__(self, dim=192, depth=12, heads=3, patch=16, image_size=224, positions="learned", registers=0,
                  pool="cls"):
         super().__init__()
+        if pool not in ("cls", "mean") or positions not in ("learned", "sincos"):
+            raise ValueError(f"pool: cls or mean, positions: learned or sincos; got {pool}, {positions}")
         self.dim, self.patch, self.pool, self.prefix = dim, patch, pool, 1 + registers
         side = image_size // patch
         self.patch_embed = nn.Sequential()
@@ -153,10 +155,9 @@ class ViT(nn.Module):
             self.reg_token = nn.Parameter(torch.randn(1, registers, dim) * .02)
         self.blocks = nn.Sequential(*[ViTBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=.02)
-                nn.init.zeros_(m.bias)
+        for m in (m for m in self.modules() if isinstance(m, nn.Linear)):
+            nn.init.trunc_normal_(m.weight, std=.02)
+            nn.init.zeros_(m.bias)
 
     def embed(self, x, mask=None, mask_token=None):              # [B,3,H,W] -> patches with positions [B,N,D]
         x = self.patch_embed.proj(x)                             # [B,D,h,w]
@@ -238,8 +239,7 @@ def load_weights(encoder: nn.Module, file) -> nn.Module:
     foreign = r"(fc|head|fc_norm|projector|predictor|encoder_k|momentum_encoder)\.|decoder_|mask_token|queue"
     state = {k: v for k, v in state.items() if not re.match(foreign, k)}
     if torch.is_tensor(pos := state.get("pos_embed")) and isinstance(encoder, ViT):
-        side = math.isqrt(encoder.pos_embed.shape[1] - 1)
-        n = pos.shape[1] - 1 if pos.ndim == 3 else 0
+        side, n = math.isqrt(encoder.pos_embed.shape[1] - 1), pos.shape[1] - 1 if pos.ndim == 3 else 0
         if n < 1 or n != math.isqrt(n) ** 2 or len(pos) > 1 or not pos.is_floating_point():
             raise ValueError(f"{file} does not fit: positions {list(pos.shape)} are no [CLS] and a square")
         state["pos_embed"] = torch.cat([pos[:, :1], resize_positions(pos[:, 1:], side, side)], 1)

@@ -21,7 +21,7 @@ def knn(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, tau: float =
 
 
 def percent(predicted: Tensor, y: Tensor) -> float:
-    """How many of the classes [N] are told right, in %."""
+    """How many of the classes [N] are right, in %; shapes broadcast."""
     return round(100 * (predicted == y).cpu().double().mean().item(), 2)
 
 
@@ -36,7 +36,8 @@ def some_of_each_class(labels: Tensor, share: float) -> Tensor:
 @torch.enable_grad()
 def logits_of(x: Tensor, y: Tensor, x_test: Tensor, l2: float = 1e-3) -> Tensor:
     """Logistic regression on standardised features: mean cross-entropy + l2/2 |W|^2, convex, by full-batch
-    L-BFGS, so there is no learning rate to tune. y: classes [N], or the share of each [N,K]. -> [M,K]"""
+    L-BFGS, so no learning rate is to tune, in fp32. y: classes [N], or the share of each [N,K]. -> [M,K]"""
+    x, x_test = x.detach().float(), x_test.detach().float()
     mean, std = x.mean(0), x.std(0) + 1e-6
     x, x_test = (x - mean) / std, (x_test - mean) / std
     k = y.shape[1] if y.ndim > 1 else int(y.max()) + 1
@@ -82,7 +83,9 @@ def segment(encode, data, n: int = 2000) -> tuple[Tensor, Tensor]:
 
 def class_iou(predicted: Tensor, truth: Tensor) -> float:
     """mIoU of class maps [M,H,W], values from 0: the mean over the classes that are in either, each over the
-    pixels of all images together, as PASCAL VOC counts."""
+    pixels of all images together, as PASCAL VOC counts, but none is ignored: 255 is a class as others are."""
+    if predicted.shape != truth.shape:
+        raise ValueError(f"maps must have one shape, got {list(predicted.shape)} and {list(truth.shape)}")
     k = 1 + int(max(predicted.max(), truth.max()))
     n = (k * truth.long() + predicted).flatten().bincount(minlength=k * k).view(k, k)    # pixels: truth, told
     union = n.sum(0) + n.sum(1) - n.diag()                       # [K]

@@ -174,7 +174,7 @@ def _shared_memory(z):
     return max(gpu.shared_memory_per_block, getattr(gpu, "shared_memory_per_block_optin", 0))
 
 # ---- operators: what PyTorch runs on a device that has no kernel. target: int32 [B], or q_i . k+_i, [B]
-@torch.library.custom_op("ssl::info_nce", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::info_nce", mutates_args=())
 def _forward(q: Tensor, k: Tensor, target: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     c, pos = q.to(_acc(q)) @ k.to(_acc(k)).T, target              # [B,M]
     if target.is_floating_point():
@@ -184,7 +184,7 @@ def _forward(q: Tensor, k: Tensor, target: Tensor, tau: float) -> tuple[Tensor, 
     log = ((c - top[:, None]) / tau).exp().sum(1).log2()          # [B]
     return ((top - c_pos) / tau + log * LN2).mean(), torch.stack([top, log])
 
-@torch.library.custom_op("ssl::info_nce_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::info_nce_backward", mutates_args=())
 def _backward(a: Tensor, b: Tensor, target: Tensor, lse: Tensor, tau: float, swap: bool) -> Tensor:
     q, k = (x.to(lse.dtype) for x in ((b, a) if swap else (a, b)))
     with torch.autocast(q.device.type, enabled=False):            # the caller may be inside of one

@@ -9,7 +9,7 @@ import torch
 
 def block_mask(side: int, budget: float, least: int, rng: np.random.Generator, aspect: float = .3):
     """bool [side,side], True = hidden: blocks of random aspect and area, of `least` patches or more where the
-    budget allows it, each within what is left of the budget, until ten tries in a row do not fit."""
+    budget, a number of patches, allows it, each within what is left, until ten tries in a row do not fit."""
     mask = np.zeros((side, side), bool)
     while (room := budget - mask.sum()) > 0:
         for _ in range(10):

@@ -178,13 +178,13 @@ def _tiles(R, K):
 
 # ---- operators: what PyTorch runs on a device that has no kernel
 
-@torch.library.custom_op("ssl::prototype_ce", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::prototype_ce", mutates_args=())
 def _forward(s: Tensor, t: Tensor, c: Tensor | None, tau_s: float, tau_t: float) -> tuple[Tensor, Tensor]:
     loss = prototype_ce_codes_reference(s, _teacher(s, t, c, tau_t), tau_s)
     return loss, loss.new_zeros(4, len(s))                        # only the kernel needs lse
 
 
-@torch.library.custom_op("ssl::prototype_ce_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::prototype_ce_backward", mutates_args=())
 def _backward(go: Tensor, s: Tensor, t: Tensor, c: Tensor | None, lse: Tensor, tau_s: float, tau_t: float
               ) -> Tensor:
     p_t = _teacher(s, t, c, tau_t)                                # [R,K]

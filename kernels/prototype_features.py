@@ -177,7 +177,7 @@ def _shared_memory(x):
 
 # ---- operators: what PyTorch runs on a device that has no kernel
 
-@torch.library.custom_op("ssl::prototype_ce_features", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::prototype_ce_features", mutates_args=())
 def _forward(x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, c: Tensor | None, tau_s: float,
              tau_t: float) -> tuple[Tensor, Tensor]:
     with torch.autocast(x_s.device.type, enabled=False):
@@ -185,7 +185,7 @@ def _forward(x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, c: Tensor | Non
         loss = prototype_ce_features_reference(*tensors, tau_s, tau_t, c)         # [R]
     return loss, loss.new_zeros(4, len(loss))                     # only the kernel needs lse
 
-@torch.library.custom_op("ssl::prototype_ce_features_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::prototype_ce_features_backward", mutates_args=())
 def _backward(go: Tensor, x_s: Tensor, w_s: Tensor, x_t: Tensor, w_t: Tensor, c: Tensor | None, lse: Tensor,
               tau_s: float, tau_t: float, of_w: bool) -> Tensor:
     x, w, x_t, w_t = (x.to(go.dtype) for x in (x_s, w_s, x_t, w_t))

@@ -170,18 +170,18 @@ def _tiles(K, columns):
 
 # ---- operators: what PyTorch runs on a device that has no kernel
 
-@torch.library.custom_op("ssl::sinkhorn_columns", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::sinkhorn_columns", mutates_args=())
 def _columns(s: Tensor, c: Tensor | None, f: Tensor | None, eps: float) -> Tensor:
     x = s.to(_acc(s)) if f is None else s - c - f[:, None]        # [B,K]
     return (x / eps).logsumexp(0) * eps                           # [K]      g_k
 
 
-@torch.library.custom_op("ssl::sinkhorn_rows", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::sinkhorn_rows", mutates_args=())
 def _rows(s: Tensor, c: Tensor, g: Tensor, eps: float) -> Tensor:
     return ((s - c - g) / eps).logsumexp(1) * eps                 # [B]      f_i
 
 
-@torch.library.custom_op("ssl::sinkhorn_codes", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::sinkhorn_codes", mutates_args=())
 def _codes(s: Tensor, c: Tensor, g: Tensor, eps: float) -> Tensor:
     return ((s - c - g) / eps).softmax(1).to(s.dtype).contiguous()                # [B,K]  Q
 

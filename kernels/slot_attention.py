@@ -172,13 +172,13 @@ def _tiles(S, D, itemsize, prec):
 
 # ---- operators: what PyTorch runs on a device that has no kernel
 
-@torch.library.custom_op("ssl::slot_attention", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::slot_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slot_mask: Tensor | None, eps: float,
              scale: float, maps: bool) -> tuple[Tensor, Tensor, Tensor]:
     _, _, v, a, w, total = _weights(*(x.to(_acc(x)) for x in (q, k, v)), mask, slot_mask, eps, scale)
     return w / total @ v, total, a if maps else a.new_empty(*a.shape[:2], 0)
 
-@torch.library.custom_op("ssl::slot_attention_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::slot_attention_backward", mutates_args=())
 def _backward(du: Tensor, da: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
               slot_mask: Tensor | None, u: Tensor, den: Tensor, eps: float,
               scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +230,7 @@ def slot_attention(q, k, v, mask=None, slot_mask=None, eps=1e-8, scale=None, map
             and k.numel() and q.dtype == k.dtype == v.dtype and all(m is None or m.dtype == torch.bool
             and m.shape == x.shape[:2] for m, x in ((mask, k), (slot_mask, q)))):
         got = ", ".join(f"{list(x.shape)} {x.dtype}" for x in (q, k, v, mask, slot_mask) if x is not None)
-        raise ValueError(f"q must be [B,S,D], k, v [B,N,D] alike, masks bool [B,N], [B,S], got {got}")
+        raise ValueError(f"q must be [B,S,D], k, v [B,N,D] alike, none empty, masks bool [B,N], [B,S]: {got}")
     (S, D), scale = q.shape[1:], q.shape[2]**-.5 if scale is None else scale
     if not (0 <= eps <= 1 and scale > 0) or impl != "reference" and any(map(torch.is_tensor, (eps, scale))):
         raise ValueError('eps must be in [0,1] and scale positive, numbers unless impl="reference", got '

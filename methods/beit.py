@@ -51,9 +51,9 @@ class Config(common.Config):
     lr_first: float = 1e-2         # peak learning rate of the first stage
     k: int = 256                   # number K of visual words
     words_dim: int = 64            # width E of a word, and of the tokenizer's layers
-    beta: float = 2.               # weight of KL(words || uniform), a patch; in a fifth of stage 1
+    beta: float = 2.               # weight of KL(words || uniform), a patch, after a fifth of stage 1
     tau: float = .1                # temperature of the Gumbel-softmax at the end of stage 1; starts at 1
-    ratio: float = .4              # share of the patches that is hidden, at most
+    mask_ratio: float = .4         # share of the patches that is hidden, at most
     least: int = 4                 # smallest area of a block, in patches
     crop: float = .5               # smallest share of the image's area in a view
 
@@ -62,12 +62,12 @@ class Config(common.Config):
 # beta and tau: 2102.12092.
 PAPER = dict(data="folder:imagenet", image_size=224, encoder="vit_base/16", epochs=800, batch_size=2048,
              lr=1.5e-3, warmup=.0125, lr_first=1e-4, k=8192, words_dim=128, beta=6.6, tau=1 / 16,
-             ratio=75 / 196, least=16, crop=.08)
+             mask_ratio=75 / 196, least=16, crop=.08)
 
 
 def draw_masks(cfg, n, side, device):                            # -> bool [n,N], True = hidden
     rng = np.random.default_rng(torch.randint(2 ** 31, ()).item())
-    masks = [block_mask(side, round(cfg.ratio * side ** 2), cfg.least, rng) for _ in range(n)]
+    masks = [block_mask(side, round(cfg.mask_ratio * side ** 2), cfg.least, rng) for _ in range(n)]
     return torch.stack(masks).flatten(1).to(device)
 
 
@@ -146,7 +146,8 @@ class RelativeBlock(nn.Module):
 
 
 class BEiT(nn.Module):
-    """encoder: a ViT with embed, encode, blocks, .dim, .patch, .pos_embed; its positions become relative."""
+    """encoder: a ViT with embed, encode, blocks, .dim, .patch, .pos_embed, which gets relative positions,
+    and so starts again. tokenizer: has .tokens(images [B,3,H,W] in 0..1) -> [B,N], of .k words."""
 
     def __init__(self, encoder, tokenizer):
         super().__init__()
@@ -172,8 +173,8 @@ def build(cfg):
     if cfg.weights:
         common.fail("--weights does not fit: this encoder gets relative positions and starts anew")
     encoder = make_encoder(cfg, pool="mean")
-    if round(cfg.ratio * (cfg.image_size // encoder.patch) ** 2) < 1:
-        common.fail(f"--ratio {cfg.ratio} hides no patch: give more, or smaller patches")
+    if round(cfg.mask_ratio * (cfg.image_size // encoder.patch) ** 2) < 1:
+        common.fail(f"--mask_ratio {cfg.mask_ratio} hides no patch: give more, or smaller patches")
     return BEiT(encoder, DVAE(cfg.k, encoder.patch, cfg.words_dim))
 
 

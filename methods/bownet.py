@@ -39,6 +39,7 @@ class Config(common.Config):
     steps: int = 1200              # optimisation steps of the second stage
     batch_size: int = 64           # images a step, all processes together
     lr: float = 3e-3               # peak learning rate: linear warm-up, then half a cosine to 0
+    crop: float = .3               # smallest share of the image's area in a view
     first: float = .35             # steps of the first stage, rotation, as a share of the second's
     k: int = 512                   # number of visual words
 
@@ -59,7 +60,8 @@ def kmeans(x, k, iterations=10):                                 # [N,C] -> word
 
 
 class BoWNet(nn.Module):
-    """encoder: images [B,3,H,W] -> [B,encoder.dim]; .layers(x)[-2] is a map [B,channels,h,w]."""
+    """encoder: images [B,3,H,W] -> [B,encoder.dim]; .layers(x)[-2] is a map [B,channels,h,w]. The
+    teacher, its copy, must be trained first, by rotation here, then words set: k-means of its places."""
 
     def __init__(self, encoder, channels, k=512):
         super().__init__()
@@ -93,12 +95,12 @@ def first_stage(cfg, run, images):                               # -> encoder, w
     encoder, steps = make_encoder(cfg), math.ceil(cfg.first * run.total)
     net = nn.Sequential(encoder, nn.Linear(encoder.dim, 4)).to(run.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(cfg, net)
-    turn = torch.arange(4, device=run.device).repeat_interleave(cfg.batch_size)         # [4B]
+    k = torch.arange(4, device=run.device).repeat_interleave(cfg.batch_size)     # [4B]
     run.print(f"first stage: {steps} steps of rotation, then k-means")
     for step in range(steps):
         set_lr(optimizer, cosine(step, steps, cfg.lr, warmup=cfg.warmup))
         v = views(images[torch.randint(len(images), (cfg.batch_size,))], scale=(.7, 1.), p_jitter=0, grey=0)
-        loss = F.cross_entropy(net(torch.cat([v.rot90(k, (2, 3)) for k in range(4)])), turn)
+        loss = F.cross_entropy(net(torch.cat([v.rot90(turn, (2, 3)) for turn in range(4)])), k)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,7 +126,7 @@ def main(cfg):
     for step, index in run.steps(len(data.images)):
         x = data.images[index]                                   # [B,3,H,W] uint8
         set_lr(optimizer, cosine(step, run.total, cfg.lr, warmup=cfg.warmup))
-        v = views(x, scale=(.3, 1.), jitter=(.4, .4, .4, .1), grey=.2)
+        v = views(x, scale=(cfg.crop, 1.), jitter=(.4, .4, .4, .1), grey=.2)
         with run.autocast():
             loss = model(normalise(x), v)
         optimizer.zero_grad()

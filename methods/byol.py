@@ -40,7 +40,7 @@ class Config(common.Config):
     lr: float = 1.5e-3             # peak learning rate: linear warm-up, then half a cosine to 0
     hidden: int = 512              # width of the hidden layer of projector and predictor
     dim: int = 128                 # width of z and p
-    m: float = .95                 # momentum of the teacher, rises to 1 by a cosine; 0 stays: no slow teacher
+    m: float = .95                 # momentum of the teacher at the start; rises to 1 by a cosine; 0 stays
     crop: float = .3               # smallest share of the image's area in a view
     blur: float = 0.               # probability of blur in view 2; if positive, view 1 is always blurred
     solarise: float = 0.           # probability of solarising view 2

@@ -99,14 +99,15 @@ def annealed_mean(logits, bins, tau):                            # [B,Q,h,w], [Q
 
 
 class Colorization(nn.Module):
-    """encoder: has .dim and .layers(images [B,3,H,W]), whose last map is [B,dim,h,w]."""
+    """encoder: has .dim and .layers(images [B,3,H,W]), whose last map is [B,dim,h,w]. weights: set
+    them, see class_weights; at first all colours count alike."""
 
     def __init__(self, encoder, loss="classes", width=64):
         super().__init__()
         self.encoder, self.loss = Grey(encoder), loss
         with torch.no_grad():
-            stride = 64 // encoder.eval().layers(torch.zeros(1, 3, 64, 64))[-1].shape[3]
-        stride = getattr(encoder.train(), "patch", stride)
+            side = encoder.eval().layers(next(encoder.parameters()).new_zeros(1, 3, 64, 64))[-1].shape[3]
+        stride = getattr(encoder.train(), "patch", 64 // side)
         self.steps = max(0, math.ceil(math.log2(stride / 4)))    # up to a quarter of the image
         self.cell = stride / 2 ** self.steps
         self.register_buffer("bins", ab_bins())                  # [Q,2]
@@ -115,7 +116,7 @@ class Colorization(nn.Module):
         for _ in range(self.steps):
             head, c = [*head, nn.ConvTranspose2d(c, width, 4, 2, 1), nn.ReLU()], width
         self.head = nn.Sequential(*head, nn.Conv2d(c, width, 3, 1, 1), nn.ReLU(),
-                                  nn.Conv2d(width, 2 if loss == "l2" else len(self.bins), 1))
+                                  nn.Conv2d(width, dict(l2=2, classes=len(self.bins))[loss], 1))
 
     def predict(self, v):                                        # [B,3,H,W] -> [B,Q,h,w]; l2: [B,2,h,w]
         last = self.encoder.layers(v)[-1]                        # [B,D,h',w']
@@ -177,6 +178,7 @@ def main(cfg):
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     method = build(cfg).to(run.device)
+    optimizer = make_optimizer(cfg, method)
     ab = colours_of(data.images)                                 # [M,2]
     z = soft_code(ab, method.bins)                               # [M,Q]
     method.weights.copy_(class_weights(z, method.bins, cfg.lam))
@@ -184,7 +186,6 @@ def main(cfg):
     reference = {"ln 313": math.log(313)} | references(z, method.weights)
     if cfg.loss == "l2":
         taus, reference = {"l2": 1.}, {"mean colour": ab.var(0).sum().item() / 2}
-    optimizer = make_optimizer(cfg, method)
     model = run.start(method, data, reference, optimizer)
 
     for step, index in run.steps(len(data.images)):

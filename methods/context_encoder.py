@@ -8,7 +8,7 @@ CVPR 2016, arXiv 1604.07379.
     v [B,3,H,W] --hole: mean colour--> encoder (kept) --> [B,m,n,n] --each channel: all places to all, 1x1,
      |                                                                 up-convolutions, tanh--> y [B,3,P,P]
      '--> t [B,3,P,P] --loss: L2 in the hole--> y          P = H/2 for the centre block, H for random regions
-               '-------> discriminator: t or y? [B,1] <-- y                              (it sees no context)
+               '-------> discriminator: t or y? [B,1,1,1] <-- y                          (it sees no context)
 
 Good at: guessing what stands behind a hole; features of what belongs together. Not at: sharpness by L2 alone,
 which paints the mean of all that could be there; the adversarial loss (--adversarial .001) picks one, at a
@@ -88,7 +88,7 @@ def up_convolutions(c, n, size):                                 # [B,C,n,n] -> 
         layers += [nn.ConvTranspose2d(c, c // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(c // 2), nn.ReLU()]
         c //= 2
     if n != size:
-        common.fail(f"--image_size or --encoder does not fit: its map, doubled, has side {n}, not {size}")
+        raise ValueError(f"image_size or encoder does not fit: its map, doubled, has side {n}, not {size}")
     return nn.Sequential(*layers, nn.ConvTranspose2d(c, 3, 4, 2, 1), nn.Tanh())
 
 
@@ -101,14 +101,17 @@ def down_convolutions(size, c=64):                               # [B,3,P,P] -> 
 
 
 class ContextEncoder(nn.Module):
-    """encoder: has .layers(images [B,3,H,W]), a list of maps [B,C,h,w]; side is H and W."""
+    """encoder: has .layers(images [B,3,H,W]), a list of maps [B,C,h,w]; side is H and W.
+    mean: set it to the mean colour. With adversarial > 0, .discriminator learns from .d_loss alone: step it
+    with an optimizer of its own."""
 
     def __init__(self, encoder, side=32, region="centre", adversarial=.001):
         super().__init__()
         self.encoder, self.adversarial = encoder, adversarial
-        self.size, self.seen_weight = (side // 2, 10.) if region == "centre" else (side, 0.)
+        self.size, self.seen_weight = {"centre": (side // 2, 10.), "random": (side, 0.)}[region]
         with torch.no_grad():
-            m, n = encoder.eval().layers(torch.zeros(1, 3, side, side))[-1].shape[1:3]
+            x = next(encoder.parameters()).new_zeros(1, 3, side, side)
+            m, n = encoder.eval().layers(x)[-1].shape[1:3]
         encoder.train()
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))    # mean colour of the data
         up, self.discriminator = up_convolutions(m, n, self.size), nn.Sequential()
@@ -150,7 +153,10 @@ def build(cfg):
     if 4 * cfg.overlap >= cfg.image_size:
         common.fail(f"--overlap {cfg.overlap} leaves nothing to hide: give less than {cfg.image_size / 4}")
     vit = dict(pool="mean") if cfg.encoder.startswith("vit") else {}     # of the patches, which learn
-    return ContextEncoder(make_encoder(cfg, **vit), cfg.image_size, cfg.region, cfg.adversarial)
+    try:
+        return ContextEncoder(make_encoder(cfg, **vit), cfg.image_size, cfg.region, cfg.adversarial)
+    except ValueError as error:
+        common.fail(str(error))
 
 
 def border_fill(v, mask):                                        # [B,3,H,W], [B,1,H,W] -> [B,3,H,W]

@@ -151,6 +151,8 @@ class ContextPrediction(nn.Module):
 
 
 def build(cfg):
+    if cfg.colour not in ("project", "drop", "keep"):
+        common.fail(f"--colour {cfg.colour} is unknown: give project, drop or keep")
     encoder = make_encoder(replace(cfg, image_size=cfg.patch))
     return ContextPrediction(encoder, cfg.patch, cfg.gap, cfg.jitter, cfg.colour, cfg.equal, cfg.hidden)
 
@@ -175,8 +177,6 @@ def alike(encoders, images, bank, n=9):
 
 
 def main(cfg):
-    if cfg.colour not in ("project", "drop", "keep"):
-        common.fail(f"--colour {cfg.colour} is unknown: give project, drop or keep")
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     if cfg.aberration:

@@ -54,7 +54,8 @@ class Config(common.Config):
     k: int = 256                   # number K of prototypes
     tau_s: float = .1              # temperature of the student
     tau_t: float = .03             # temperature of the teacher at the start
-    tau_t_end: float = .03         # the same after a tenth of the run, risen linearly
+    tau_t_end: float = .03         # the same after the next share of the run, risen linearly
+    rise: float = .1               # that share
     m: float = .99                 # momentum of the teacher at the start; rises to 1 by a cosine
     freeze: float = .3             # part of the run in which the prototypes stay as they are
     clip: float = 3.               # largest norm of a tensor's gradient; 0 is any
@@ -94,11 +95,11 @@ class Head(nn.Module):
         return F.linear(z, F.normalize(self.prototypes.weight, dim=1))
 
 
-def usage(t, c, tau):                                            # [R,K], [K] -> two numbers
+def usage(t, c, tau):                                            # [R,K], [K] -> two numbers by name
     """How many prototypes the rows have between them, 1..K, and how far a row is from uniform, 0..ln K."""
     p = F.softmax((t.float() - c) / tau, 1)                      # [R,K]
     kl = math.log(p.shape[1]) - torch.special.entr(p).sum(1).mean()
-    return torch.special.entr(p.mean(0)).sum().exp(), kl
+    return dict(perplexity=torch.special.entr(p.mean(0)).sum().exp(), kl=kl)
 
 
 class DINO(nn.Module):
@@ -120,7 +121,7 @@ class DINO(nn.Module):
         with torch.no_grad():                                    # in training mode: its own batch statistics
             self.h = self.encoder(v)                             # [2B,D]
             self.t = self.head(self.h)                           # [2B,K]
-            self.perplexity, self.kl = usage(self.t, self.center, tau_t)
+            self.parts = usage(self.t, self.center, tau_t)
         encoder, head = self.student
         h = [encoder(v)] + ([encoder(torch.cat(small))] if small else [])        # [2B,D], [(V-2)B,D]
         s, t = head(torch.cat(h)).split(len(v1)), self.t.chunk(2)        # [B,K] each, of V and of 2 crops
@@ -192,7 +193,7 @@ def main(cfg):
         x = data.images[index]                                   # [B,3,H,W] uint8
         set_lr(optimizer, cosine(step, run.total, cfg.lr, warmup=cfg.warmup))
         optimizer.param_groups[0]["weight_decay"] = cosine(step, run.total, cfg.weight_decay, cfg.decay_end)
-        tau_t = cfg.tau_t + (cfg.tau_t_end - cfg.tau_t) * min(1, 10 * step / run.total)
+        tau_t = cfg.tau_t + (cfg.tau_t_end - cfg.tau_t) * min(1, step / max(1, cfg.rise * run.total))
         v1, v2 = views(x, cfg.size, **one), views(x, cfg.size, **two)
         small = [views(x, cfg.size_local, **local) for _ in range(cfg.local)]
         with run.autocast():
@@ -206,7 +207,7 @@ def main(cfg):
         optimizer.step()
         m = cosine(step, run.total, cfg.m, 1.)
         method.update_teacher(m)
-        run.log(loss, h=method.h, perplexity=method.perplexity, kl=method.kl, m=m)
+        run.log(loss, h=method.h, **method.parts, m=m)
 
     common.save_neighbours(run.folder / "neighbours.png", method.encoder, data)
     if data.test_masks is None or not hasattr(method.encoder, "attention"):

@@ -139,7 +139,7 @@ class ExemplarCNN(nn.Module):
         self.encoder, self.loss, self.margin, self.gather = encoder, loss, margin, gather
         # Without the norm the loss stays at ln N until each class has been seen many times.
         self.head = nn.Sequential(nn.BatchNorm1d(encoder.dim, affine=False), nn.Dropout(dropout),
-                                  nn.Linear(encoder.dim, classes if loss == "classes" else dim))
+                                  nn.Linear(encoder.dim, dict(classes=classes, triplet=dim)[loss]))
 
     def forward(self, v, k):                                     # [2B,3,P,P], seed of each [2B] -> loss
         self.h = self.encoder(v)                                 # [2B,D]

@@ -122,7 +122,8 @@ class GPT(nn.Module):
 
 
 class IGPT(nn.Module):
-    """encoder: has .dim, .layer, .tokens(images) and .encode(tokens, hidden); hide: 1 if that is causal."""
+    """encoder: has .dim, .layer, .tokens(images) and .encode(tokens, hidden); hide: 1 if that is causal.
+    Its centres must be set: see GPT."""
 
     def __init__(self, encoder, k, hide=1.):
         super().__init__()
@@ -134,9 +135,9 @@ class IGPT(nn.Module):
         self.h = maps[self.encoder.layer - 1].mean(1)            # [B,D]
         return self.head(maps[-1]).float()
 
-    def forward(self, x):                                        # [B,3,H,W] -> loss, nats a token
-        tokens = self.encoder.tokens(x)                          # [B,N]
-        hidden = torch.rand(tokens.shape, device=x.device) < self.hide   # [B,N]
+    def forward(self, v):                                        # [B,3,H,W] -> loss, nats a token
+        tokens = self.encoder.tokens(v)                          # [B,N]
+        hidden = torch.rand(tokens.shape, device=v.device) < self.hide   # [B,N]
         nats = F.cross_entropy(self.logits(tokens, hidden).mT, tokens, reduction="none")  # [B,N]
         return ((nats * hidden).sum(1) / hidden.sum(1).clamp(min=1)).mean()
 
@@ -180,6 +181,7 @@ def main(cfg):
     run = Run(cfg, __file__)
     data = load_data(cfg, run.device)
     method = build(cfg).to(run.device)
+    optimizer = make_optimizer(cfg, method)
     encoder, some = method.encoder, torch.randperm(len(data.images))[:500].to(run.device)
     pixels = data.images[some].movedim(1, 3).flatten(0, 2).cpu() / 127.5 - 1     # [M,3]
     encoder.centres.copy_(torch.from_numpy(kmeans2(pixels.numpy(), cfg.k, minit="++", seed=cfg.seed)[0]))
@@ -188,7 +190,6 @@ def main(cfg):
     unigram = histogram_nats(train.view(-1, 1), test.view(-1, 1), cfg.k)
     histogram = histogram_nats(train, test, cfg.k)
     reference = {f"ln {cfg.k}": math.log(cfg.k), "unigram": unigram, "histogram": histogram}
-    optimizer = make_optimizer(cfg, method)
     model = run.start(method, data, reference, optimizer)
 
     for step, index in run.steps(len(data.images)):

@@ -5,7 +5,7 @@ Cut an image into nine tiles, shuffle them by one of a fixed set of permutations
 Noroozi, Favaro. Unsupervised Learning of Visual Representations by Solving Jigsaw Puzzles.
 ECCV 2016, arXiv 1603.09246.
 
-    x [B,3,H,W] --3 x 3 cells, a tile in each--> [B,9,3,p,p] --order k--> encoder (kept) --> h [9B,D]
+    x [B,3,H,W] --3 x 3 cells, a tile in each--> [B,9,3,P,P] --order k--> encoder (kept) --> h [9B,D]
               k in 0..K-1 [B] <--loss-- logits [B,K] <-- head <-- nine side by side [B,9D'] <-- fc6 <-'
 
 Good at: parts and where they belong, each tile seen by itself until the last layers. Not at: scenes without
@@ -78,7 +78,7 @@ def least_distance(orders):                                      # [K,9] -> int
     return (orders[:, None] != orders).sum(2).fill_diagonal_(9).min().item()
 
 
-def cut(x, p, fringe=None):                                      # [B,3,H,H] -> tiles [B,9,3,p,p]
+def cut(x, p, fringe=None):                                      # [B,3,H,H] -> tiles [B,9,3,P,P]
     """A tile from a random place in each cell of a 3 x 3 grid, its channels up to `fringe` pixels apart; from
     the middle where fringe is None."""
     c, n = x.shape[2] // 3, len(x)
@@ -89,12 +89,12 @@ def cut(x, p, fringe=None):                                      # [B,3,H,H] -> 
         at = torch.randint(room - fringe + 1, (2, n, 9, 1), device=x.device)     # the tile's place, and
         at = at + torch.randint(fringe + 1, (2, n, 9, 3), device=x.device)       # each of its channels'
     cells = rearrange(x[..., :3 * c, :3 * c], "b c (i h) (j w) -> b (i j) c h w", i=3, j=3)  # [B,9,3,c,c]
-    windows = cells.unfold(3, p, 1).unfold(4, p, 1)              # [B,9,3,c-p+1,c-p+1,p,p], a view
+    windows = cells.unfold(3, p, 1).unfold(4, p, 1)              # [B,9,3,c-P+1,c-P+1,P,P], a view
     image, cell, channel = (torch.arange(size, device=x.device) for size in (n, 9, 3))
     return windows[image[:, None, None], cell[:, None], channel, at[0], at[1]]
 
 
-def equalise(p):                                                 # [...,p,p]: mean 0, deviation 1
+def equalise(p):                                                 # [...,P,P]: mean 0, deviation 1
     p = p - p.mean((-2, -1), keepdim=True)
     return p / (p.square().mean((-2, -1), keepdim=True).sqrt() + .05)     # .05: flat tiles stay flat
 
@@ -105,13 +105,13 @@ def reorder(p, order):                                           # [B,9,...], [B
 
 class NineTiles(nn.Module):
     """What is kept: an image as nine tiles of p pixels, their features side by side, as the head sees them.
-    encoder: tiles [n,3,p,p] -> [n,encoder.dim]; it has never seen anything but tiles."""
+    encoder: tiles [n,3,P,P] -> [n,encoder.dim]; it has never seen anything but tiles."""
 
     def __init__(self, encoder, p, equal=True):
         super().__init__()
         self.encoder, self.dim, self.p, self.equal = encoder, 9 * encoder.dim, p, equal
 
-    def prepare(self, tiles):                                    # [B,9,3,p,p] -> [9B,3,p,p]
+    def prepare(self, tiles):                                    # [B,9,3,P,P] -> [9B,3,P,P]
         return (equalise(tiles) if self.equal else tiles).flatten(0, 1)
 
     def forward(self, x):                                        # [B,3,H,H] -> [B,9D]
@@ -123,7 +123,7 @@ class NineTiles(nn.Module):
 
 
 class Jigsaw(nn.Module):
-    """encoder: tiles [n,3,p,p] -> [n,encoder.dim]. orders: permutations [K,9]. Images are square."""
+    """encoder: tiles [n,3,P,P] -> [n,encoder.dim]. orders: permutations [K,9]. Images are square."""
 
     def __init__(self, encoder, orders, p, fringe=1, equal=True, hidden=256, dropout=0.):
         super().__init__()
@@ -134,11 +134,11 @@ class Jigsaw(nn.Module):
         self.head = nn.Sequential(nn.Linear(9 * (hidden // 4), hidden, bias=False), nn.BatchNorm1d(hidden),
                                   nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, len(orders)))
 
-    def shuffle(self, v):                                        # [B,3,H,H] -> tiles [B,9,3,p,p], k [B]
+    def shuffle(self, v):                                        # [B,3,H,H] -> tiles [B,9,3,P,P], k [B]
         k = torch.randint(len(self.orders), (len(v),), device=v.device)
         return reorder(cut(v, self.encoder.p, self.fringe), self.orders[k]), k
 
-    def solve(self, tiles):                                      # shuffled [B,9,3,p,p] -> logits [B,K]
+    def solve(self, tiles):                                      # shuffled [B,9,3,P,P] -> logits [B,K]
         self.h = self.encoder.encoder(self.encoder.prepare(tiles))       # [9B,D], no tile sees another
         return self.head(rearrange(self.fc6(self.h), "(b n) d -> b (n d)", n=9))
 
@@ -157,7 +157,7 @@ def build(cfg):
     return Jigsaw(encoder, orders, p, cfg.fringe, cfg.equal, cfg.hidden, cfg.dropout)
 
 
-def picture(tiles):                                              # [B,9,3,p,p] -> images with white seams
+def picture(tiles):                                              # [B,9,3,P,P] -> images with white seams
     tiles = F.pad(denormalise(tiles), (1, 1, 1, 1), value=1)
     return rearrange(tiles, "b (i j) c h w -> b c (i h) (j w)", i=3, j=3)
 
@@ -165,7 +165,7 @@ def picture(tiles):                                              # [B,9,3,p,p] -
 @torch.no_grad()
 def puzzles(method, images, n=5):
     """n puzzles that were solved and n that were not, put together as the network says; % solved."""
-    tiles, k = method.eval().shuffle(normalise(images))          # [M,9,3,p,p], [M]
+    tiles, k = method.eval().shuffle(normalise(images))          # [M,9,3,P,P], [M]
     said = torch.cat([method.solve(part).argmax(1) for part in tiles.split(100)])    # [M]
     show = torch.cat([(said == k).nonzero()[:n, 0], (said != k).nonzero()[:n, 0]])
     solution = reorder(tiles[show], method.orders[said[show]].argsort(1))    # argsort inverts an order

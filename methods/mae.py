@@ -66,9 +66,9 @@ def patch_statistics(x):                                         # [B,N,P] -> me
 
 
 class MAE(nn.Module):
-    """encoder: a ViT with embed(x), encode(tokens), .dim, .patch, .prefix, .pos_embed; anew: untrained."""
+    """encoder: a ViT with embed(x), encode(tokens), .dim, .patch, .prefix, .pos_embed; anew: drawn again."""
 
-    def __init__(self, encoder, mask_ratio=.75, dim=64, depth=2, heads=4, anew=True):
+    def __init__(self, encoder, mask_ratio=.75, dim=64, depth=2, heads=4, anew=False):
         super().__init__()
         self.encoder, self.p, self.mask_ratio = encoder, encoder.patch, mask_ratio
         side = int((encoder.pos_embed.shape[1] - 1) ** .5)
@@ -84,21 +84,21 @@ class MAE(nn.Module):
         if anew:                                                 # as one matrix
             nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.flatten(1))
 
-    def reconstruct(self, x):                                    # [B,3,H,W] -> prediction [B,N,P], mask [B,N]
-        tokens = self.encoder.embed(x)                           # [B,N,D]
-        mask, keep, restore = random_mask(*tokens.shape[:2], self.mask_ratio, x.device)
+    def reconstruct(self, v):                                    # [B,3,H,W] -> prediction [B,N,P], mask [B,N]
+        tokens = self.encoder.embed(v)                           # [B,N,D]
+        mask, keep, restore = random_mask(*tokens.shape[:2], self.mask_ratio, v.device)
         kept = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[2]))  # [B,N',D]
-        t = self.project(self.encoder.encode(kept))              # [B,1+R+N',D']
+        h = self.encoder.encode(kept)                            # [B,1+R+N',D]
+        self.h, t = h[:, self.encoder.prefix:].mean(1), self.project(h)  # [B,D], [B,1+R+N',D']
         first, t = t[:, :self.encoder.prefix], t[:, self.encoder.prefix:]
-        self.h = first[:, 0]                                     # [B,D']
         hidden = self.mask_token.expand(len(t), mask.shape[1] - t.shape[1], -1)  # [B,N-N',D']
         t = torch.cat([t, hidden.to(t.dtype)], 1).gather(1, restore[..., None].expand(-1, -1, t.shape[2]))
         t = self.decoder(torch.cat([first, t + self.positions], 1))      # [B,1+R+N,P]
         return t[:, self.encoder.prefix:], mask
 
-    def forward(self, x):                                        # [B,3,H,W] -> loss
-        prediction, mask = self.reconstruct(x)
-        target = patchify(x, self.p)                             # [B,N,P]
+    def forward(self, v):                                        # [B,3,H,W] -> loss
+        prediction, mask = self.reconstruct(v)
+        target = patchify(v, self.p)                             # [B,N,P]
         mean, std = patch_statistics(target)
         return (prediction.float() - (target - mean) / std).square().mean(-1)[mask].mean()       # hidden only
 

@@ -72,11 +72,15 @@ def mlp(widths, norm=True):                                      # of version 3
 
 
 class MoCo(nn.Module):
-    """encoder: images [B,3,H,W] -> [B,encoder.dim]. gather: [B,P] -> the rows of all processes."""
+    """encoder: images [B,3,H,W] -> [B,encoder.dim]. gather: [B,P] -> the rows of all processes. Call
+    update_teacher(m) before each step and, but in version 3, enqueue(method.k) after it. The queue starts as
+    noise: fill it first, by enqueue(keys(v))."""
 
     def __init__(self, encoder, version=2, hidden=512, dim=128, tau=.2, queue=4096, splits=4, shuffle=True,
                  gather=lambda z: z):
         super().__init__()
+        if version not in (1, 2, 3):
+            raise ValueError(f"version must be 1, 2 or 3, got {version}")
         self.encoder, self.version, self.tau, self.gather = encoder, version, tau, gather
         self.splits, self.shuffle = splits if version < 3 else 1, shuffle
         self.projector, self.predictor = nn.Linear(encoder.dim, dim), nn.Identity()

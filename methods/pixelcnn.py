@@ -4,7 +4,7 @@ van den Oord, Kalchbrenner, Kavukcuoglu. Pixel Recurrent Neural Networks. ICML 2
 van den Oord et al. Conditional Image Generation with PixelCNN Decoders. NIPS 2016, arXiv 1606.05328: gates,
 and two stacks v and h; a single one is blind to a part of what is above to the right.
 
-    x [B,3,H,W] -+-> v: rows above, 7 x 7 -----> v: 3 x 3 ------> ...              encoder (kept)
+    x [B,3,H,W] -+-> v: rows so far, 7 x 7 ----> v: 3 x 3 ------> ...              encoder (kept)
                  |             | a row down           | a row down
                  +-> h: row to the left, A ----> h: mask B -----> ... [B,D,H,W] --head, B--> [B,256,3,H,W]
                  '------ the values 0 to 255, red, green, blue in order <--loss, bits per dimension-'

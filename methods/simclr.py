@@ -88,7 +88,7 @@ def only(names, options):
 
 
 def matrix(cfg):
-    """Figure 5: the linear probe where view 1 has transformations i and j, view 2 none. Last: averages."""
+    """Figure 5 (there all views are cropped): the probe where view 1 has i and j, view 2 none; averages."""
     from matplotlib.figure import Figure
     if "RANK" in os.environ:
         common.fail("--matrix is many runs, one after the other: start it without torchrun")

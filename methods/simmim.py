@@ -12,9 +12,9 @@ features for k-NN as they are. Squares of one patch would be too easy: the neigh
 
 Run      python methods/simmim.py
          linear 30.4 ± 0.6 % (untrained 18.2; each seed at least +11), k-NN 14.9 ± 0.6 (12.2); 59 s on 2 cores
-Differs  learned positions, for a bias by relative position; they and [CLS] decay; the keys' bias, which
-         softmax cancels, stays; no layer scale, no stochastic depth, no smaller start of deep layers; the
-         rate follows a cosine, as for Swin; the probe sees the mean of the patches.
+Differs  learned positions, for a bias by relative position; they, [CLS] and mask token decay; the keys' bias,
+         which softmax cancels, stays; no layer scale, no stochastic depth, no smaller start of deep layers;
+         the rate follows a cosine, as for Swin; the probe sees the mean of the patches.
 """
 import sys
 from dataclasses import dataclass
@@ -72,15 +72,15 @@ class SimMIM(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(1, 1, encoder.dim) * .02)
         self.head = nn.Linear(encoder.dim, 3 * self.p ** 2)
 
-    def reconstruct(self, x):                                    # [B,3,H,W] -> prediction [B,N,P], mask [B,N]
-        mask = random_squares(len(x), x.shape[2] // self.p, self.times, self.mask_ratio, x.device)
-        h = self.encoder.encode(self.encoder.embed(x, mask, self.mask_token))[:, self.encoder.prefix:]
+    def reconstruct(self, v):                                    # [B,3,H,W] -> prediction [B,N,P], mask [B,N]
+        mask = random_squares(len(v), v.shape[2] // self.p, self.times, self.mask_ratio, v.device)
+        h = self.encoder.encode(self.encoder.embed(v, mask, self.mask_token))[:, self.encoder.prefix:]
         self.h = h.mean(1)                                       # [B,D]
         return self.head(h), mask
 
-    def forward(self, x):                                        # [B,3,H,W] -> loss
-        prediction, mask = self.reconstruct(x)
-        return (prediction.float() - patchify(x, self.p)).abs()[mask].mean()     # hidden only
+    def forward(self, v):                                        # [B,3,H,W] -> loss
+        prediction, mask = self.reconstruct(v)
+        return (prediction.float() - patchify(v, self.p)).abs()[mask].mean()     # hidden only
 
 
 def build(cfg):

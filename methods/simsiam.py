@@ -85,8 +85,8 @@ def main(cfg):
     data = load_data(cfg, run.device)
     method = build(cfg).to(run.device)
     optimizer = make_optimizer(cfg, nn.ModuleList([method.encoder, method.projector]))
-    predictor = make_optimizer(cfg, method.predictor)            # its rate stays as it is
-    model = run.start(method, data, {"independent": 0., "equal or constant": -1.}, optimizer, predictor)
+    p_optimizer = make_optimizer(cfg, method.predictor)          # its rate stays as it is
+    model = run.start(method, data, {"independent": 0., "equal or constant": -1.}, optimizer, p_optimizer)
     options = dict(scale=(cfg.crop, 1.), jitter=(.4, .4, .4, .1), grey=.2, blur=cfg.blur)
 
     for step, index in run.steps(len(data.images)):
@@ -96,10 +96,10 @@ def main(cfg):
         with run.autocast():
             loss = model(v1, v2)
         optimizer.zero_grad()
-        predictor.zero_grad()
+        p_optimizer.zero_grad()
         run.finite(loss).backward()
         optimizer.step()
-        predictor.step()
+        p_optimizer.step()
         run.log(loss, h=method.h, z=method.z)
 
     common.save_neighbours(run.folder / "neighbours.png", method.encoder, data)

@@ -111,7 +111,8 @@ class SplitBrain(nn.Module):
         self.register_buffer("bins", ab_bins())                  # [313,2]
         for encoder, part in zip(encoders, sees, strict=True):
             with torch.no_grad():
-                side = encoder.eval().layers(torch.zeros(1, 3, 64, 64))[-1].shape[3]
+                x = next(encoder.parameters()).new_zeros(1, 3, 64, 64)
+                side = encoder.eval().layers(x)[-1].shape[3]
             stride, d = getattr(encoder.train(), "patch", 64 // side), encoder.dim
             up = max(1, stride // cell)                          # up * up cells a place of the map
             self.heads.append(nn.Sequential(nn.Conv2d(d, d // 2, 3, 1, 1), nn.ReLU(),
@@ -146,7 +147,7 @@ def references(method, lab, grid):                               # [N,3,H,W] -> 
     y = [target(lab, part, method.bins) for part in method.sees]
     if "Lab" in method.sees:
         return {"mean colour": sum(y_i.var((0, 2, 3), correction=0).sum().item() / 2 for y_i in y)}
-    shares = [y_i.flatten().bincount() / y_i.numel() for y_i in y]       # [K] each
+    shares = [y_i.flatten().bincount() / y_i.numel() for y_i in y]       # [K] each at most
     return {f"ln {k1} + ln {k2}": math.log(k1 * k2),
             "without looking": sum(torch.special.entr(p).sum().item() for p in shares)}
 

@@ -11,8 +11,8 @@ Good at: the classes that it was given, with many labels. Not at: anything that 
 
 Run      python methods/supervised.py
          linear 97.0 ± 0.2 % (untrained 27.2; each seed at least +69), k-NN 96.8 ± 0.3 (21.9); 31 s on 2 cores
-Differs  the learning rate follows a cosine, not steps; crops are of 8 to 100 % of the area; no colour
-         augmentation; momentum is Nesterov's, biases and norms do not decay; the quick run has AdamW.
+Differs  the rate follows a cosine, not steps; views are resized crops; no colour augmentation; momentum is
+         Nesterov's, biases and norms do not decay; the quick run has AdamW and larger crops.
 """
 import math
 import sys
@@ -54,7 +54,7 @@ class Supervised(nn.Module):
         return F.cross_entropy(self.classifier(self.h), y)
 
     @torch.no_grad()
-    def predict(self, x):                                        # [B,3,H,W], normalised -> classes [B]
+    def predict(self, x):                                        # [B,3,H,W] -> classes [B], in eval mode
         return self.eval().classifier(self.encoder(x)).argmax(1)
 
 

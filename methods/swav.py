@@ -68,7 +68,7 @@ class SwAV(nn.Module):
     def __init__(self, encoder, hidden=512, dim=64, prototypes=64, tau=.1, eps=.05, iterations=3, queue=0,
                  gather=lambda z: z):
         super().__init__()
-        self.encoder, self.gather, self.tau, self.eps, self.iterations = encoder, gather, tau, eps, iterations
+        self.encoder, self.tau, self.eps, self.iterations, self.gather = encoder, tau, eps, iterations, gather
         self.projector = nn.Sequential(
             nn.Linear(encoder.dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
         self.prototypes = nn.Linear(dim, prototypes, bias=False)

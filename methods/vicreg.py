@@ -8,7 +8,7 @@ ICLR 2022, arXiv 2105.04906.
 
     x [B,3,H,W] --view--> v1 --+                                                       +-- z1 [B,P] --+
                 --view--> v2 --+--> encoder (kept) --> h [B,D] each --> projector --> -+-- z2 [B,P] --+
-               loss: 25 |z1 - z2|^2 + 25 (1 - std of each feature)+ + covariances^2 of each view, off <-'
+               loss: 25 |z1 - z2|^2 + 25 (1 - std of each feature)+ + covariances^2 off the diagonal  <-'
 
 Good at: image-level features without negatives, teacher, predictor or stop-gradient; two of its terms look
 at one view alone, so views may be of different kinds. Not at: doing without a balance of its weights.
@@ -78,7 +78,7 @@ class VICReg(nn.Module):
         s = F.mse_loss(z1, z2)                                   # Eq. 5, but a mean over features too
         v = (spread_term(z1) + spread_term(z2)) / 2              # official code; the text has the sum
         c = vicreg_covariance(z1) + vicreg_covariance(z2)        # Eq. 3 and 4
-        self.terms = dict(s=s.detach(), v=v.detach(), c=c.detach())
+        self.parts = dict(s=s.detach(), v=v.detach(), c=c.detach())
         return sum(w * term for w, term in zip(self.weights, (s, v, c), strict=True))    # Eq. 6
 
 
@@ -115,7 +115,7 @@ def main(cfg):
         optimizer.zero_grad()
         run.finite(loss).backward()
         optimizer.step()
-        run.log(loss, h=method.h, z=method.z, **method.terms)
+        run.log(loss, h=method.h, z=method.z, **method.parts)
 
     after = covariance(method, v)
     rows = {"before": before / after.max(), "after": after / after.max()}

@@ -93,13 +93,15 @@ def carry(f, first, tau):                                        # [B,T,N,D], [B
 
 
 class VideoColorization(nn.Module):
-    """encoder: has .layers(images [B,3,H,W]), a list of maps [B,C,h,w]."""
+    """encoder: has .layers(images [B,3,H,W]), a list of maps [B,C,h,w]. colours: set them to the centres of
+    k-means of a and b."""
 
     def __init__(self, encoder, colours=16, grid=16, dim=64):
         super().__init__()
         self.encoder, self.grid = encoder, grid
         with torch.no_grad():
-            widths = [a.shape[1] for a in encoder.eval().layers(torch.zeros(1, 3, 64, 64))]
+            x = next(encoder.parameters()).new_zeros(1, 3, 64, 64)
+            widths = [a.shape[1] for a in encoder.eval().layers(x)]
         encoder.train()
         self.register_buffer("places", (2 * places(grid) - 1)[None])     # [1,2,g,g], -1..1
         self.register_buffer("colours", torch.zeros(colours, 2))         # a and b of each

@@ -41,8 +41,8 @@ def as_on_a_laptop():
 
 
 def train(name, tmp_path, monkeypatch, *flags, images=64, stop=0):
-    """Runs a method's own main() on one batch, without the evaluation. -> the method, its losses, its log.
-    stop: after so many steps the run is saved, and is over."""
+    """Runs a method's own main() on one batch, without the evaluation. -> the method, its losses, its log;
+    its "finished" is what the method itself measured. stop: after so many steps the run is saved and over."""
     losses, seen, module, steps = [], [], load(name), common.Run.steps
 
     def some(self, n):
@@ -52,16 +52,22 @@ def train(name, tmp_path, monkeypatch, *flags, images=64, stop=0):
                 self.save()
                 return
 
-    monkeypatch.setattr(common.Run, "finish", lambda self, **extra: seen.append(self) or {})
+    def finite(self, loss):
+        assert self.method.training
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(common.Run, "finish", lambda self, **extra: seen.append((self, extra)) or {})
     monkeypatch.setattr(common, "probe", lambda *args: dict(knn=0., linear=0.))
-    monkeypatch.setattr(common.Run, "finite", lambda self, loss: losses.append(loss.item()) or loss)
+    monkeypatch.setattr(common.Run, "finite", finite)
     world = module.Config.data or "toys"
     data = world + (":" if world == "toys" else ",") + f"n={images}"
     argv = ["--data", data, "--batch_size", str(images), "--out", str(tmp_path), *flags]
     with as_on_a_laptop(), monkeypatch.context() as patch:
         patch.setattr(common.Run, "steps", some)
         module.main(common.parse(module.Config, module.PAPER, argv))
-    return seen[0].method, losses, seen[0].last
+    (run, finished), = seen
+    return run.method, losses, run.last | dict(finished=finished)
 
 
 def given(module, monkeypatch):

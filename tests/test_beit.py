@@ -7,6 +7,7 @@ import torch
 from running import load, train
 from torch import nn
 
+from common import cosine
 from kernels.encoders import create_encoder
 
 beit = load("beit")
@@ -29,7 +30,7 @@ def test_masks_are_blocks_and_differ():
 
 def test_masks_hide_their_share():
     """None has more, and most spend nearly all of it."""
-    count = beit.draw_masks(beit.Config(ratio=.3), 200, 8, "cpu").sum(1)
+    count = beit.draw_masks(beit.Config(mask_ratio=.3), 200, 8, "cpu").sum(1)
     assert count.max() == round(.3 * 64) and count.float().mean() > .8 * .3 * 64
 
 
@@ -186,6 +187,18 @@ def test_first_stage_trains_the_tokenizer_which_then_stands(tmp_path, monkeypatc
     assert seen[0][2] == 1 and [beta for *_, beta in seen] == [0, 5, 5, 5]
     for name, value in found[0].state_dict().items():
         assert torch.equal(method.tokenizer.state_dict()[name], value), name
+
+
+def test_temperature_falls_and_the_weight_of_the_words_rises_in_the_first_stage(tmp_path, monkeypatch):
+    """tau from 1 by a cosine, beta in a fifth of the stage."""
+    seen, forward = [], beit.DVAE.forward
+    monkeypatch.setattr(beit.DVAE, "forward", lambda self, x, tau, beta: (
+        seen.append((tau, beta)), forward(self, x, tau, beta))[1])
+    flags = "--steps 10 --first 1 --tau .2 --beta 3".split()
+    train("beit", tmp_path, monkeypatch, *flags, images=16)
+    taus, betas = zip(*seen, strict=True)
+    assert taus == pytest.approx([cosine(i, 10, 1., .2) for i in range(10)])
+    assert betas == pytest.approx([0., 1.5] + 8 * [3.])
 
 
 def test_of_several_processes_the_first_gives_the_tokenizer(tmp_path, monkeypatch):

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from running import Lookup, load, train
 
+from common import cosine
+from kernels.toys import toys
+from kernels.views import normalise
+
 bownet = load("bownet")
 
 
@@ -124,6 +128,21 @@ def test_first_stage_trains_the_teacher_which_then_stands(tmp_path, monkeypatch)
         if name.endswith("conv1.weight"):
             assert not torch.equal(method.encoder.state_dict()[name], value)
     assert encoder.bn1.num_batches_tracked == 4 and method.encoder.bn1.num_batches_tracked == 12
+
+
+def test_words_are_of_normalised_images_and_the_first_stage_has_a_rate_of_its_own(tmp_path, monkeypatch):
+    """Warm-up and cosine twice; k-means has the teacher's places of the data's images."""
+    rates, seen, kmeans, set_lr = [], [], bownet.kmeans, bownet.set_lr
+    monkeypatch.setattr(bownet, "set_lr", lambda o, lr: rates.append(lr) or set_lr(o, lr))
+    monkeypatch.setattr(bownet, "kmeans", lambda x, k: seen.append(x) or kmeans(x, k))
+    flags = "--steps 6 --first .5 --k 16".split()
+    method, _, _ = train("bownet", tmp_path, monkeypatch, *flags, images=16)
+    lr, warmup = bownet.Config.lr, bownet.Config.warmup
+    assert rates == pytest.approx([cosine(i, n, lr, warmup=warmup) for n in (3, 6) for i in range(n)])
+    with torch.no_grad():
+        known = method.teacher.eval().layers(normalise(toys(16)["images"]))[-2].flatten(2).mT    # [16,N,C]
+    parts = seen[0].view(known.shape)
+    assert all((parts - one).abs().amax((1, 2)).min() < 1e-4 for one in known)
 
 
 def test_of_several_processes_the_first_gives_teacher_and_words(tmp_path, monkeypatch):

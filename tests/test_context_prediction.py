@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from running import load
+from running import load, train
 from torch import nn
 
 from kernels.encoders import create_encoder, load_weights
@@ -227,3 +227,14 @@ def test_the_picture_shows_a_patch_and_the_nearest_of_others():
 def test_an_unknown_colour_is_one_line():
     with pytest.raises(SystemExit, match="--colour gray is unknown: give project, drop or keep"):
         C.main(replace(C.Config(), colour="gray"))
+
+
+def test_the_lens_is_before_training_and_test_images(tmp_path, monkeypatch):
+    """Green is another, red and blue are as they were."""
+    seen, start = [], C.Run.start
+    monkeypatch.setattr(C.Run, "start", lambda self, method, data, *more: (
+        seen.append(data), start(self, method, data, *more))[1])
+    for flag in ("0", ".1"):
+        train("context_prediction", tmp_path, monkeypatch, "--steps", "1", "--aberration", flag, images=16)
+    for x, y in zip(*((data.images, data.test_images) for data in seen), strict=True):
+        assert x[:, ::2].equal(y[:, ::2]) and (x[:, 1] != y[:, 1]).flatten(1).any(1).all()

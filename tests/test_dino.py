@@ -177,11 +177,11 @@ def test_both_collapses_are_named(tmp_path, monkeypatch, capsys):
 
 def test_usage():
     one, each, c = 1e3 * torch.eye(5)[[2] * 4], 1e3 * torch.eye(5)[:4], torch.zeros(5)
-    assert [x.item() for x in dino.usage(one, c, .1)] == pytest.approx([1, math.log(5)], abs=1e-5)
-    assert [x.item() for x in dino.usage(each, c, .1)] == pytest.approx([4, math.log(5)], abs=1e-5)
-    assert [x.item() for x in dino.usage(one, one[0], .1)] == pytest.approx([5, 0], abs=1e-5)
+    assert [x.item() for x in dino.usage(one, c, .1).values()] == pytest.approx([1, math.log(5)], abs=1e-5)
+    assert [x.item() for x in dino.usage(each, c, .1).values()] == pytest.approx([4, math.log(5)], abs=1e-5)
+    assert [x.item() for x in dino.usage(one, one[0], .1).values()] == pytest.approx([5, 0], abs=1e-5)
     p = torch.tensor([.5, .25, .25])
-    assert [x.item() for x in dino.usage(p.log()[None] * .1, c[:3], .1)] == pytest.approx(
+    assert [x.item() for x in dino.usage(p.log()[None] * .1, c[:3], .1).values()] == pytest.approx(
         [2 ** 1.5, math.log(3) - 1.5 * math.log(2)], abs=1e-5)
 
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from running import load, train
+from running import given, load, train
 from torch import nn
 
 from kernels.toys import toys
+from kernels.views import normalise
 
 E = load("exemplar_cnn")
 TOYS = toys(n=100, seed=7)["images"]
@@ -260,3 +261,16 @@ def test_runs_and_draws_its_pictures(loss, tmp_path, monkeypatch, capsys):
         windows = x.unfold(1, 24, 1).unfold(2, 24, 1)            # [3,9,9,24,24]
         assert (windows - row[0][:, None, None]).abs().amax((0, 3, 4)).min() < 1e-5
         assert (row[1:] - row[0]).abs().amax((1, 2, 3)).min() > .1
+
+
+def test_both_views_are_distortions_of_the_seed_that_their_label_names(tmp_path, monkeypatch):
+    """Drawn twice, by the flag's strength of colour; what the encoder sees is normalised."""
+    cut, strengths, distort, draw, seen = [], [], E.distort, E.draw, given(E, monkeypatch)
+    monkeypatch.setattr(E, "distort", lambda x, *more: cut.append((x, distort(x, *more))) or cut[-1][1])
+    monkeypatch.setattr(E, "draw", lambda n, *more: strengths.append(more[:2]) or draw(n, *more))
+    train("exemplar_cnn", tmp_path, monkeypatch, "--steps", "1", "--color", ".3", images=16)
+    (x, one), (again, two), (v, k) = *cut[:2], seen[0]
+    images = toys(n=16)["images"]
+    assert x.equal(again) and x.equal(images[k[:16]]) and k[:16].equal(k[16:]) and len(k.unique()) == 16
+    assert (one != two).flatten(1).any(1).all() and v.equal(normalise(torch.cat([one, two])))
+    assert strengths[:2] == 2 * [(1., .3)]

@@ -7,31 +7,70 @@ from common import cosine
 from kernels.toys import toys
 from kernels.views import normalise
 
+STRONG = dict(scale=(.2, 1.), jitter=(.4, .4, .4, .1), grey=.2)
+ONE = dict(scale=(.2, 1.), jitter=(.4, .4, .2, .1), grey=.2, blur=1.)
+TWO = ONE | dict(blur=.3, solarise=.4)
+PLAIN = dict(p_jitter=0, grey=0)
+KINDS = "--crop .2 --blur .3 --solarise .4 "
+CROPS = KINDS + "--size 24 --size_local 16 --local 2 --crop_local .1"
+SMALL = (16,), ONE | dict(scale=(.1, .2), blur=.5)
+VIEWS = dict(                                                    # flags; arguments of each view of a step
+    simclr=("--crop .2 --blur .3 --color 1", 2 * [((), STRONG | dict(jitter=(.8, .8, .8, .2), blur=.3))]),
+    moco=("--crop .2 --blur .3", 2 * [((), STRONG | dict(blur=.3))]),
+    simsiam=("--crop .2 --blur .3", 2 * [((), STRONG | dict(blur=.3))]),
+    instdisc=("--crop .2", [((), STRONG)]),
+    bownet=("--crop .2 --k 16", [((), STRONG)]),
+    obow=("--crop .2 --crop_max .5 --crop_size 24 --patches 2 --patch_size 16 --blur .3 --k 16",
+          2 * [((24,), STRONG | dict(scale=(.2, .5), blur=.3))]
+          + 2 * [((16,), STRONG | dict(scale=(.08, .15), blur=0.))] + [((), PLAIN | dict(scale=None))]),
+    swav=("--crop .2 --blur .3 --local 2 --crop_local .1 --size_local 16",
+          2 * [((), STRONG | dict(jitter=(.8, .8, .8, .2), blur=.3))]
+          + 2 * [((), STRONG | dict(jitter=(.8, .8, .8, .2), blur=.3, size=16, scale=(.1, .2)))]),
+    **{name: (KINDS, [((), ONE), ((), TWO)]) for name in "byol barlow_twins vicreg".split()},
+    **{name: (CROPS, [((24,), ONE), ((24,), TWO), SMALL, SMALL]) for name in ("dino", "ibot")},
+    jigsaw=("--crop .6 --grey .3", [((), dict(scale=(.6, 1.), ratio=(1, 1), flip=0, p_jitter=0, grey=.3))]),
+    context_prediction=("--crop .6 --patch 12 --gap 4 --jitter 1",
+                        [((46,), PLAIN | dict(scale=(.6, 1.), ratio=(1, 1)))]),
+    # crops and mirror images, nothing more, where colours are to be told, or what stands upright
+    **{name: ("--crop .6", [((), PLAIN | dict(scale=(.6, 1.)))]) for name in
+       "mae beit simmim colorization rotnet split_brain context_encoder supervised".split()},
+    **{name: ("", [((), PLAIN | dict(scale=None))]) for name in "igpt pixelcnn slot_attention".split()})
 
-@pytest.mark.parametrize("name", "byol barlow_twins vicreg dino ibot".split())
-def test_views_of_two_kinds(name, tmp_path, monkeypatch):
-    """One is always blurred, the other seldom, and alone solarised; local crops are small, half blurred."""
-    module, drawn, local = load(name), [], name in ("dino", "ibot")
-    views, crop = module.views, module.Config.crop
-    monkeypatch.setattr(module, "views", lambda x, *a, **o: drawn.append(o) or views(x, *a, **o))
-    flags = "--steps 1 --blur .1 --solarise .2".split() + ["--local", "1"] * local
-    train(name, tmp_path, monkeypatch, *flags, images=16)
-    known = {((crop, 1.), 1., 0.), ((crop, 1.), .1, .2)}
-    known |= {((module.Config.crop_local, crop), .5, 0.)} if local else set()
-    assert {(o["scale"], o["blur"], o.get("solarise", 0.)) for o in drawn} == known
-    assert all((o["jitter"], o["grey"]) == ((.4, .4, .2, .1), .2) for o in drawn)
+
+def of_a_step(module, monkeypatch):
+    """(arguments, options) of each call of views() in the loop, all of the images that are the step's."""
+    drawn, now, views, steps = [], [], module.views, module.Run.steps
+
+    def watched(self, n):
+        for step, index in steps(self, n):
+            now[:] = [self.data.images[index]]
+            yield step, index
+            now.clear()
+
+    def drawing(x, *arguments, **options):
+        if now:
+            assert x.equal(now[0])
+            drawn.append((arguments, options))
+        return views(x, *arguments, **options)
+
+    monkeypatch.setattr(module.Run, "steps", watched)
+    monkeypatch.setattr(module, "views", drawing)
+    return drawn
 
 
-@pytest.mark.parametrize("name", "mae beit simmim colorization rotnet split_brain context_encoder igpt "
-                                 "pixelcnn slot_attention".split())
-def test_colours_stay_as_they_are_where_they_are_to_be_told(name, tmp_path, monkeypatch):
-    """Views are crops and mirror images, nothing more."""
-    module, drawn = load(name), []
-    views, crop = module.views, getattr(module.Config, "crop", None)
-    monkeypatch.setattr(module, "views", lambda x, *a, **o: drawn.append(o) or views(x, *a, **o))
-    train(name, tmp_path, monkeypatch, "--steps", "1", images=16)
-    known = dict(scale=crop and (crop, 1.), p_jitter=0, grey=0)
-    assert drawn and all(o == known for o in drawn)
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_are_of_the_same_images_as_the_flags_say(name, tmp_path, monkeypatch):
+    (flags, known), drawn = VIEWS[name], of_a_step(load(name), monkeypatch)
+    train(name, tmp_path, monkeypatch, "--steps", "1", *flags.split(), images=16)
+    assert drawn == [(arguments, pytest.approx(options)) for arguments, options in known]
+
+
+def test_simclr_changes_one_view_where_some_transformations_are_named(tmp_path, monkeypatch):
+    simclr = load("simclr")
+    drawn = of_a_step(simclr, monkeypatch)
+    train("simclr", tmp_path, monkeypatch, "--steps", "1", "--only", "crop,color", images=16)
+    (_, one), (_, two) = drawn
+    assert two["scale"] is None and not two["p_jitter"] and one["scale"] and one.get("p_jitter", .8)
 
 
 @pytest.mark.parametrize("name", ["bownet", "obow"])
@@ -46,16 +85,21 @@ def test_words_are_of_the_image_itself(name, tmp_path, monkeypatch):
     assert v.shape != x.shape or not any((known == one).flatten(1).all(1).any() for one in v)
 
 
-def test_dinos_teacher_follows_each_step_ever_more_slowly(tmp_path, monkeypatch):
-    """It moves after the optimizer, by an m that rises to 1."""
-    dino, calls, ms = load("dino"), [], []
-    step, update = torch.optim.AdamW.step, dino.DINO.update_teacher
+@pytest.mark.parametrize("name, first, flags", [
+    ("dino", "step", "--hidden 32 --dim 16 --k 64 --size 16 --size_local 8"), ("byol", "step", ""),
+    ("ibot", "step", "--hidden 32 --dim 16 --k 64 --size 16 --mask random"), ("obow", "teacher", "--k 16"),
+    ("moco", "teacher", "--version 3 --encoder vit_micro/8")])
+def test_a_teacher_follows_each_step_ever_more_slowly(name, first, flags, tmp_path, monkeypatch):
+    """It moves after the optimizer, or before the loss, by an m that rises to 1."""
+    module, calls, ms = load(name), [], []
+    kind = type(module.build(module.Config(**dict(version=3) if name == "moco" else {})))
+    step, update = torch.optim.AdamW.step, kind.update_teacher
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: calls.append("step") or step(self))
-    monkeypatch.setattr(dino.DINO, "update_teacher", lambda self, m: (
+    monkeypatch.setattr(kind, "update_teacher", lambda self, m: (
         calls.append("teacher"), ms.append(m), update(self, m)))
-    flags = "--hidden 32 --dim 16 --k 64 --size 16 --size_local 8 --steps 3 --m .9".split()
-    train("dino", tmp_path, monkeypatch, *flags, images=16)
-    assert calls == 3 * ["step", "teacher"] and ms == pytest.approx([cosine(i, 3, .9, 1.) for i in range(3)])
+    train(name, tmp_path, monkeypatch, *f"--steps 3 --m .9 {flags}".split(), images=16)
+    assert calls == 3 * [first, *{"step", "teacher"} - {first}]
+    assert ms == pytest.approx([cosine(i, 3, .9, 1.) for i in range(3)])
 
 
 def test_simsiams_predictor_keeps_its_rate(tmp_path, monkeypatch):
@@ -95,6 +139,94 @@ def test_gradients_are_clipped(name, tmp_path, monkeypatch):
     norms = torch.stack([p.grad.norm() for p in method.parameters() if p.grad is not None])
     norm = norms.max() if name in ("dino", "ibot") else norms.norm()
     assert norm.item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def dark(module, monkeypatch):
+    """Test images, and what is measured on them, without a light: they are told from training images."""
+    old = module.load_data
+    monkeypatch.setattr(module, "load_data", lambda cfg, device: (
+        data := old(cfg, device))._replace(test_images=torch.zeros_like(data.test_images)))
+
+
+@pytest.mark.parametrize("name, function", [("rotnet", "failures"), ("jigsaw", "puzzles"), ("beit", "report"),
+                                            ("context_prediction", "pairs_right"), ("mae", "painted")])
+def test_what_is_measured_and_shown_is_of_test_images(name, function, tmp_path, monkeypatch):
+    module, seen = load(name), []
+    measure = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda m, x, *more: seen.append(x) or measure(m, x, *more))
+    dark(module, monkeypatch)
+    train(name, tmp_path, monkeypatch, "--steps", "1", images=16)
+    assert seen and not any(x.any() for x in seen)
+
+
+def test_histograms_and_vocabulary_are_of_training_images(tmp_path, monkeypatch):
+    """iGPT: histograms of training images, judged on test images. Video colorization: its vocabulary."""
+    igpt, video, seen, words = load("igpt"), load("video_colorization"), [], []
+    nats, vocabulary = igpt.histogram_nats, video.vocabulary
+    monkeypatch.setattr(igpt, "histogram_nats", lambda x, y, k: seen.append((x, y)) or nats(x, y, k))
+    monkeypatch.setattr(video, "vocabulary", lambda x, *more: words.append(x) or vocabulary(x, *more))
+    inputs = given(igpt, monkeypatch)
+    for module in (igpt, video):
+        dark(module, monkeypatch)
+    train("igpt", tmp_path, monkeypatch, "--steps", "1", images=16)
+    train("video_colorization", tmp_path, monkeypatch, "--steps", "1", images=16)
+    assert all(len(x.unique()) > 1 == len(y.unique()) for x, y in seen) and len(seen) == 2
+    assert inputs[0][0].std() > .1 and all((x == x[:1, :, :1, :1]).all() for x, in inputs[1:]) and inputs[1:]
+    assert len(words) == 1 and words[0].any()
+
+
+@pytest.mark.parametrize("name", ["slot_attention", "dinosaur"])
+def test_masks_before_training_are_not_those_after_it(name, tmp_path, monkeypatch):
+    """Which is which, in what is scored."""
+    module, seen, found = load(name), [], {}
+    segment = module.segment
+    monkeypatch.setattr(module, "segment", lambda *a: seen.append(segment(*a)) or seen[-1])
+    monkeypatch.setattr(module, "compare", lambda masks, *more: found.update(masks) or {})
+    train(name, tmp_path, monkeypatch, "--steps", "1", *UNTAUGHT.get(name, []), images=16)
+    (before, _), (masks, a) = seen
+    assert not before.equal(masks) and found["untrained"].equal(before)
+    assert found["masks"].equal(masks) and found["attention"].equal(a)
+
+
+def test_dino_scores_its_own_attention_and_that_before_training(tmp_path, monkeypatch):
+    dino, seen = load("dino"), []
+    attend = dino.attend
+
+    def counted(encoder, x, masks):
+        a, shown, _ = attend(encoder, x, masks)
+        seen.append(encoder)
+        return a, shown, torch.full((len(x),), float(len(seen)))
+
+    monkeypatch.setattr(dino, "attend", counted)
+    method, _, log = train("dino", tmp_path, monkeypatch, "--steps", "1", images=16)
+    assert [log["finished"][key] for key in ("iou", "iou_untrained")] == [
+        1. + [e is method.encoder for e in seen].index(own) for own in (True, False)]
+
+
+def test_spot_draws_its_orders(tmp_path, monkeypatch):
+    """Those of student and teacher, anew for each step; --no-permutations: one."""
+    spot = load("spot")
+    for flags, least, most in (([], 12, 81), (["--no-permutations"], 1, 1)):
+        with monkeypatch.context() as patch:
+            seen = given(spot, patch)
+            words = "--no-pretrain --image_size 16 --decoder autoregressive --steps 20".split()
+            train("spot", tmp_path, patch, *words, *flags, images=8)
+        orders = [inputs[1:] for inputs in seen[:20]]
+        assert least <= len(set(orders)) <= most and all(0 <= i < 9 for pair in orders for i in pair)
+        assert flags == [] or set(orders) == {(0, 0)}
+
+
+def test_frames_of_a_clip_come_in_their_order(tmp_path, monkeypatch):
+    """Four of six, the last of which copies from those before it; which ones is drawn for each clip."""
+    video = load("video_colorization")
+    old, seen = video.load_data, given(video, monkeypatch)
+    rising = 20 + 30 * torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1)
+    monkeypatch.setattr(video, "load_data", lambda cfg, device: (
+        data := old(cfg, device)) if "frames" not in cfg.data else (
+        data := old(cfg, device))._replace(images=rising.expand_as(data.images)))
+    train("video_colorization", tmp_path, monkeypatch, "--steps", "1", images=16)
+    light = seen[0][0].mean((2, 3, 4))                           # [B,4]
+    assert (light.diff(dim=1) > .1).all() and len(light.unique(dim=0)) > 3
 
 
 REACH = dict(moco=dict(tau=.3, splits=2, shuffle=False), swav=dict(tau=.3, eps=.02, iterations=7),

@@ -16,9 +16,16 @@ WHOLE = "ibot", "jigsaw", "obow"         # with half a batch their losses do not
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_step(name, tmp_path, monkeypatch):
-    """A finite loss; every trained weight gets a gradient, and no target does. iGPT's output table starts at
-    zero, which no gradient passes: its second step."""
-    flags = ["--steps", "2" if name == "igpt" else "1", *UNTAUGHT.get(name, [])]
+    """A finite loss; every trained weight gets a gradient and has an optimizer, which a checkpoint holds, and
+    no target does. iGPT's output table starts at zero, which no gradient passes: its second step."""
+    flags, begin = ["--steps", "2" if name == "igpt" else "1", *UNTAUGHT.get(name, [])], common.Run.start
+
+    def start(self, method, data, reference, *optimizers):
+        held = [id(p) for one in optimizers for group in one.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(id(p) for p in method.parameters() if p.requires_grad)
+        return begin(self, method, data, reference, *optimizers)
+
+    monkeypatch.setattr(common.Run, "start", start)
     method, losses, _ = train(name, tmp_path, monkeypatch, *flags, images=32)
     assert math.isfinite(losses[0])
     for weight, p in method.named_parameters():
@@ -75,7 +82,8 @@ def test_an_encoder_that_cannot_be_chosen_is_refused(name):
 @pytest.mark.parametrize("name, flags, why", [
     ("pixelcnn", dict(width=40), "--width 40 would show"), ("pixelcnn", dict(layer=6), "--layer 6: give 1"),
     ("igpt", dict(depth=3), "--layer 4: give 1 to 3"), ("igpt", dict(heads=3), "--width 64 is no multiple"),
-    ("beit", dict(weights="any.pt"), "--weights does not fit"), ("beit", dict(ratio=.005), "hides no patch"),
+    ("beit", dict(weights="any.pt"), "--weights does not fit"),
+    ("beit", dict(mask_ratio=.005), "hides no patch"),
     ("ibot", dict(encoder="resnet_small"), "no ViT"), ("ibot", dict(mask="attmask_hint"), "of 16 patches"),
     ("ibot", dict(size=15), "--size 15, --size_local 16: few pixels for patches of 8"),
     ("dino", dict(encoder="vit_small/16", image_size=224), "--size 24, --size_local 16: few pixels"),

@@ -29,7 +29,7 @@ def test_the_three_terms_by_hand():
     a = torch.tensor([1., 1, -1, -1])
     m = method(2)
     loss = m(images(torch.stack([a, a], 1)), images(torch.stack([a, 0 * a], 1)))
-    assert [m.terms[k].item() for k in "svc"] == pytest.approx([.5, .99 / 4, 16 / 9], rel=1e-5)
+    assert [m.parts[k].item() for k in "svc"] == pytest.approx([.5, .99 / 4, 16 / 9], rel=1e-5)
     assert loss.item() == pytest.approx(25 * .5 + 25 * .99 / 4 + 16 / 9, rel=1e-5)
     assert method(2, weights=(0., 0., 2.))(images(torch.stack([a, a], 1)),
                                            images(torch.stack([a, 0 * a], 1))).item() == pytest.approx(32 / 9)
@@ -47,11 +47,11 @@ def test_views_may_be_turned_together_but_not_apart():
     z1, q = torch.randn(64, 8), torch.linalg.qr(torch.randn(8, 8)).Q
     z2, m = z1 + .1 * torch.randn(64, 8), method(8)
     m(images(z1), images(z2))
-    s = m.terms["s"]
+    s = m.parts["s"]
     m(images(z1 @ q), images(z2 @ q))
-    assert m.terms["s"].item() == pytest.approx(s.item(), rel=1e-4)
+    assert m.parts["s"].item() == pytest.approx(s.item(), rel=1e-4)
     m(images(z1), images(z2 @ q))
-    assert m.terms["s"] > 10 * s
+    assert m.parts["s"] > 10 * s
 
 
 def test_the_picture_is_the_covariance_and_leaves_the_method_as_it_was():
