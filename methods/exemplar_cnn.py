@@ -219,7 +219,7 @@ def main(cfg):
     seen = x, seeds(x, cfg.patch), cfg.patch
     drawn = [draw(len(x), s, s * cfg.color, x.device) for s in (0, *[1] * 12)]
     rows = torch.stack([distort(*seen, t, *colours) for t in drawn], 1)                  # [64,13,3,P,P]
-    shown = {f"seed {i}, distorted": row for i, row in enumerate(rows[:6])}
+    shown = {f"patch {i}, distorted": row for i, row in enumerate(rows[:6])}
     common.save_grid(run.folder / "distortions.png", shown)
     encoders = {"untrained": run.untrained, "trained": method.encoder}
     invariance(run.folder / "invariance.png", encoders, seen, colours)

@@ -3,7 +3,6 @@
 Drawn by `python results/table.py pictures`, or `curves`, from the folders of the runs with seed 0 and the
 logs.
 """
-import statistics
 import sys
 import textwrap
 
@@ -97,17 +96,16 @@ def curves():
     names = [name for _, name in grouped() if (LOGS / f"{name}.jsonl").exists()]
     if not names:
         return
-    columns = 4
-    figure = Figure((3 * columns, 2.1 * -(-len(names) // columns)), layout="tight")
+    columns = 3
+    figure = Figure((3.2 * columns, 2.1 * -(-len(names) // columns)), layout="tight")
     axes = figure.subplots(-(-len(names) // columns), columns, squeeze=False).flat
     for name, axis in zip(names, axes, strict=False):        # names first: it takes no axis too many
         (about, *log), right = read(LOGS / f"{name}.jsonl"), axis.twinx()
         axis.plot([line["step"] for line in log], [line["loss"] for line in log], lw=1.2)
         for i, (label, value) in enumerate(about["reference"].items()):
             axis.axhline(value, color=f"{.3 + .2 * i}", ls=":")
-            side = "top" if value > statistics.mean(axis.get_ylim()) else "bottom"   # its name: below, above
-            axis.text(.99 - .33 * i, value, label, transform=axis.get_yaxis_transform(), fontsize=6,
-                      ha="right", va=side)
+            axis.text(.98 - .32 * i, value, label, transform=axis.get_yaxis_transform(), fontsize=8,
+                      ha="right", va="center", bbox=dict(color="white", pad=.5))
         probed = [(line["step"], line["knn"]) for line in log if "knn" in line]
         if probed:
             right.set_ylim(0, 100)
@@ -115,11 +113,11 @@ def curves():
         else:
             right.axis("off")
         for one in (axis, right):
-            one.tick_params(labelsize=6)
-        axis.set_title(methods()[name][0], fontsize=8)
+            one.tick_params(labelsize=8)
+        axis.set_title(methods()[name][0], fontsize=10)
     for axis in axes:                                            # those left over
         axis.axis("off")
-    figure.supxlabel("step", fontsize=8)
-    figure.supylabel("loss (blue), its references (dotted); k-NN of a sample, % (orange, right)", fontsize=8)
-    figure.savefig(file := ROOT / "results/curves.png", dpi=90)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel("loss (blue), its references (dotted); k-NN of a sample, % (orange, right)", fontsize=9)
+    figure.savefig(file := ROOT / "results/curves.png", dpi=100)
     Image.open(file).convert("RGB").quantize(32).save(file, optimize=True)       # a third of its size
