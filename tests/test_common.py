@@ -479,6 +479,9 @@ def test_encoder_names():
 
 
 def test_widths_that_do_not_fit_are_named():
+    for options in dict(pool="avg"), dict(positions="sin-cos"):
+        with pytest.raises(ValueError, match="pool: cls or mean, positions: learned or sincos; got "):
+            create_encoder("vit_micro", 32, **options)
     with pytest.raises(ValueError, match="a width of 64 is no multiple of 3 heads"):
         ViTBlock(64, 3)
     with pytest.raises(ValueError, match="a width that 4 divides, got 66"):
@@ -691,6 +694,14 @@ def test_linear_probe_separates_what_is_separable():
     assert linear_probe(x[:200], y[:200], x[200:]).equal(y[200:])
     with torch.no_grad():                                   # as in finish(), and in another unit and offset
         assert linear_probe(64 * x[:200] + 512, y[:200], 64 * x[200:] + 512).equal(y[200:])
+
+
+def test_linear_probe_takes_what_an_encoder_gives():
+    """Features of 16 bits, or of 64, or with their graph, as numbers that they are."""
+    x, y = rand(300, 6), torch.arange(300) % 3
+    x[range(300), y] += 20
+    for given in (x.bfloat16(), x.double(), x.clone().requires_grad_()):
+        assert linear_probe(given[:200], y[:200], given[200:]).equal(y[200:])
 
 
 def test_linear_probe_finds_the_minimum(monkeypatch):

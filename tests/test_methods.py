@@ -9,6 +9,7 @@ from running import METHODS, UNTAUGHT, Lookup, given, load, train
 from torch import nn
 
 import common
+from kernels.encoders import create_encoder
 from kernels.views import normalise
 
 WHOLE = "ibot", "jigsaw", "obow"         # with half a batch their losses do not fall in thirty steps
@@ -128,6 +129,9 @@ def test_mae_keeps_weights_that_it_is_given(tmp_path):
     torch.manual_seed(1)
     other, loaded = (module.build(module.Config(weights=w)).encoder.state_dict() for w in ("", str(file)))
     assert all(loaded[k].equal(given[k]) for k in given)
+    copied = create_encoder("vit_micro", 32, positions="sincos")
+    before = {k: v.clone() for k, v in copied.state_dict().items()}
+    assert all(v.equal(before[k]) for k, v in module.MAE(copied).encoder.state_dict().items())
     assert not other["blocks.0.mlp.fc1.weight"].equal(given["blocks.0.mlp.fc1.weight"])
 
 

@@ -1,5 +1,6 @@
 """The house: what a reader may rely on in every file of methods/, kernels/ and tests/."""
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -65,13 +66,17 @@ def test_the_loop_is_the_same_everywhere(file):
 
 @pytest.mark.parametrize("file", METHODS, ids=name)
 def test_the_method_is_one_class_that_uses_nothing_of_common(file):
-    """So it can be copied: the class named after the file knows torch, its file and kernels/."""
+    """So it can be copied: the class named after the file, and what it calls, know torch and kernels/."""
     body = ast.parse(file.read_text()).body
     line = next(n for n in body if isinstance(n, ast.ImportFrom) and n.module == "common")
     shared = {alias.name for alias in line.names}
-    classes = {n.name.lower(): n for n in body if isinstance(n, ast.ClassDef)}
-    used = {n.id for n in ast.walk(classes[file.stem.replace("_", "")]) if isinstance(n, ast.Name)}
-    assert shared and not used & (shared | {"common"})
+    own = {n.name: n for n in body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
+    used, new = set(), {n for n in own if n.lower() == file.stem.replace("_", "")}
+    while new:                                                   # the functions of the file that they reach
+        used |= new
+        inside = [n for name in new & own.keys() for n in ast.walk(own[name])]
+        new = {n.id for n in inside if isinstance(n, ast.Name)} - used
+    assert shared and len(used) > 5 and not used & (shared | {"common"})
 
 
 @pytest.mark.parametrize("file", METHODS + KERNELS + [ROOT / "common.py"], ids=name)
@@ -84,6 +89,19 @@ def test_imports(file):
 def test_a_kernel_file_works_alone(file, tmp_path):
     shutil.copy(file, tmp_path)
     subprocess.run([sys.executable, "-c", f"import {file.stem}"], cwd=tmp_path, check=True)
+
+
+def test_a_changed_copy_of_a_kernel_runs_beside_the_original(tmp_path):
+    """Operators of one name would be one: each module has its own."""
+    text = (ROOT / "kernels/sinkhorn.py").read_text()
+    changed = text.replace(".softmax(1).to(s.dtype)", ".softmax(1).mul(2).to(s.dtype)")
+    for folder, code in (("kernels", text), ("mine", changed)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sinkhorn.py").write_text(code)
+    check = ("import torch, kernels.sinkhorn as a, mine.sinkhorn as b; s = torch.rand(6, 4); "
+             "assert (2 * a.sinkhorn(s)).equal(b.sinkhorn(s))")
+    plain = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}     # the operators in PyTorch
+    subprocess.run([sys.executable, "-c", check], cwd=tmp_path, check=True, env=plain)
 
 
 def test_sizes():
