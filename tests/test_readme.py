@@ -23,6 +23,7 @@ table, pictures = map(importlib.import_module, ("table", "pictures"))
 README = "\n".join(page.read_text() for page in table.PAGES)
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```\n(.*?)```", README, re.S)
             for line in block.splitlines() if re.match(r"(python|torchrun|\./run\.sh)\b", line)]
+COMMANDS += sorted(set(re.findall(r"`(python\s[^`]+|\./run\.sh [^`]+)`", README)))
 FILES = sorted(f for f in (ROOT / "results").glob("*.jsonl") if not f.name.startswith("kernels-"))
 ROWS = [dict(json.loads(line), file=file.stem) for file in FILES for line in file.read_text().splitlines()]
 
@@ -38,7 +39,9 @@ def check(words):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_can_be_pasted(command):
     words = shlex.split(command)
-    if words[0] == "python":
+    if words[:2] in (["python", "results/table.py"], ["python", "results/lessons.py"]):
+        assert f"python {words[1]} {words[2]}" in (ROOT / words[1]).read_text()
+    elif words[0] == "python":
         check(words[1:])
     elif words[0] == "torchrun":
         check(words[3:])
