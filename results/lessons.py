@@ -34,7 +34,8 @@ DECODERS = ["autoregressive", "--no-permutations"], ["autoregressive"], ["parall
 ENCODERS = dict(mae=["--encoder", "vit_micro/8"],
                 moco=["--version", "3", "--encoder", "vit_micro/8", "--batch_size", "64", "--steps", "600"])
 SHARES = ".01", ".03", ".1", ".3", "1"
-STARTS = dict(rotnet="RotNet", simclr="SimCLR")                          # both train a resnet_small
+STARTS = dict(rotnet="RotNet", simclr="SimCLR", mae="MAE")
+NETWORKS = dict(rotnet="ResNet from scratch", mae="ViT from scratch")    # SimCLR's is RotNet's to the bit
 
 
 def flags(size):
@@ -126,14 +127,14 @@ def label_efficiency(seeds):
     """Fine-tune the networks of the first table's runs with ever more labels; and the same from scratch."""
     file = ROOT / "results/variants-labels.jsonl"
     for seed in seeds[1:] or ["0", "1", "2"]:
-        runs = [f"runs/{name}-toys-seed{seed}" for name in STARTS]
-        for name, run in zip(STARTS, runs, strict=True):
-            if not (ROOT / run / "encoder.pt").exists():
+        for name in STARTS:
+            if not (ROOT / (run := f"runs/{name}-toys-seed{seed}") / "encoder.pt").exists():
                 subprocess.run([sys.executable, f"methods/{name}.py", "--seed", seed], cwd=ROOT, check=True)
-        for start in [["--run", runs[0], "--scratch"], *(["--run", run] for run in runs)]:
-            for share in SHARES:
-                more = ["--lr", "3e-3", "--steps", "900", *["--no-probes"] * (share != ".1")]
-                tune(start, share, seed, file, *more)
+            for scratch in [[], ["--scratch"]][:1 + (name in NETWORKS)]:
+                for share in SHARES[::1 + (name == "mae")]:      # a ViT's runs take long: three shares
+                    more = ["--lr", "1e-3" if name == "mae" else "3e-3", "--steps", "900"]
+                    more += ["--no-probes"] * (share != ".1")
+                    tune(["--run", run, *scratch], share, seed, file, *more)
     draw_labels(read(file), ROOT / "results/labels.png")
 
 
@@ -160,13 +161,16 @@ def draw_labels(rows, path):
     from matplotlib.figure import Figure
     figure = Figure((5.5, 3.6), layout="tight")
     axis = figure.subplots()
-    for i, (name, title) in enumerate((STARTS | {"": "from scratch"}).items()):
+    lines = [(name, False, title, dict(color=f"C{i}")) for i, (name, title) in enumerate(STARTS.items())]
+    lines += [(name, True, title, dict(color=color, ls=":"))
+              for (name, title), color in zip(NETWORKS.items(), ("black", "grey"), strict=True)]
+    for name, scratch, title, style in lines:
         tuned, frozen = {}, {}
-        for r in (r for r in rows if name in r["command"] and ("--scratch" in r["command"]) == (name == "")):
+        own = [r for r in rows if f"/{name}-" in r["command"]]
+        for r in (r for r in own if ("--scratch" in r["command"]) == scratch):
             tuned.setdefault(r["labelled"], []).append(r["accuracy"])
             frozen.setdefault(r["labelled"], []).append(r["untrained"]["linear"])
         if tuned:
-            style = dict(color=f"C{i}") if name in STARTS else dict(color="black", ls=":")
             bars(axis, tuned, title, **style)
             bars(axis, frozen, None, **style, marker="", capsize=0, lw=.7)
     axis.set_xscale("log")

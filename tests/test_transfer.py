@@ -359,13 +359,13 @@ def test_a_lesson_that_is_none_starts_no_run(lessons, words):
 def test_label_efficiency_runs_what_is_missing_and_draws(lessons):
     module, ran, root = lessons
     module.label_efficiency(["--seed", "3"])
-    trained, tuned = ran[:len(module.STARTS)], ran[len(module.STARTS):]
+    trained, tuned = ([words for words in ran if ("transfer" in words[0]) == t] for t in (False, True))
     assert trained == [[f"methods/{name}.py", "--seed", "3"] for name in module.STARTS]
-    assert len(tuned) == (1 + len(module.STARTS)) * len(module.SHARES)
     for words in tuned:
         cfg = common.parse(transfer.Config, transfer.PAPER, words[1:])
         assert cfg.seed == 3 and cfg.steps == 900 and cfg.run.startswith("runs/")
-    assert ["--scratch" in words for words in tuned] == [True] * 5 + [False] * 10
+        assert cfg.lr == (1e-3 if "mae" in cfg.run else 3e-3) and cfg.probes == (cfg.labels == .1)
+    assert ["--scratch" in words for words in tuned] == [False] * 5 + [True] * 5 + [False] * 8 + [True] * 3
     assert (root / "results/labels.png").stat().st_size > 1000
     file = root / "results/variants-labels.jsonl"
     lines = file.read_text().splitlines()
@@ -432,9 +432,10 @@ def test_the_lessons_draw_the_means_over_the_seeds(lessons, monkeypatch):
     rows = [json.loads(line) for line in (root / "results/variants-labels.jsonl").read_text().splitlines()]
     rows[-1]["accuracy"] += 5                                    # the last start with all labels, seed 1
     module.draw_labels(rows, root / "labels.png")
-    assert drawn["from scratch"] == {n: [pytest.approx(.9 * n)] * 2 for n in (1, 3, 10, 30, 100)}
-    assert set(drawn) == {"from scratch", None, *module.STARTS.values()}
-    assert drawn[list(module.STARTS.values())[-1]][100] == [90., 95.]
+    for name, labels in (("ResNet from scratch", (1, 3, 10, 30, 100)), ("MAE", (1, 10, 100))):
+        assert drawn[name] == {n: [pytest.approx(.9 * n)] * 2 for n in labels}
+    assert set(drawn) == {None, *module.STARTS.values(), *module.NETWORKS.values()}
+    assert drawn["ViT from scratch"][100] == [90., 95.]
 
 
 def test_mask_ratios_are_read_beside_the_same_network_from_scratch(lessons, monkeypatch):
