@@ -3,7 +3,7 @@
 #   ./run.sh METHOD [--flags]        train any method: ./run.sh simclr --data cifar10; ./run.sh simclr --help
 #   ./run.sh test [pytest's flags]   all tests, on up to four cores (-n 0: in one process)
 #   ./run.sh all [--flags]           every method with seeds 0, 1, 2 into results/, what is missing, then table
-#   ./run.sh table                   write the README's tables from results/
+#   ./run.sh table                   write the tables of README and results/README
 #   ./run.sh bench [FILE ...]        how fast the kernels are; without a GPU, what is fast on a CPU too
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
