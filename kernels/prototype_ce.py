@@ -226,7 +226,7 @@ def prototype_ce(s: Tensor, t: Tensor, tau_s: float, tau_t: float, center: Tenso
     impl: "triton" runs the kernel or says why it cannot; "auto" runs it where it can and the same formulas in
     PyTorch elsewhere; "reference" is plain autograd, the one with second derivatives and a learnable tau_s.
     """
-    return _loss(s, t, center, tau_s, tau_t, impl)
+    return _loss(s, t, center, tau_s, tau_t or 0., impl)
 
 
 def prototype_ce_codes(s: Tensor, codes: Tensor, tau_s: float, impl: str = "auto") -> Tensor:

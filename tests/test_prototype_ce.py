@@ -456,6 +456,7 @@ def test_types_may_differ(form, impl):
     ((4, 3), (4, 3), None, (math.nan, .1), "reference", "positive"),
     ((4, 3), (4, 3), None, (.1, 0.), "auto", "positive"),
     ((4, 3), (4, 3), None, (.1, math.nan), "reference", "positive"),
+    ((4, 3), (4, 3), None, (.1, None), "auto", "positive"),
     ((4, 3), (4, 3), None, (.1, .1), "cuda", "'cuda'"),
 ])
 def test_errors(s, t, c, taus, impl, words):
