@@ -321,6 +321,17 @@ def test_folder_with_splits(splits, tmp_path):
     assert data.test_labels.tolist() == (shades % 10).tolist() and data.classes == ("ant", "bee")
 
 
+def test_images_of_a_folder_stand_upright(tmp_path):
+    """Red is on the left, in training and in test images."""
+    for i in range(20):
+        image = Image.new("RGB", (8, 8))
+        image.paste((200, 0, 0), (0, 0, 4, 8))
+        image.save(tmp_path / f"{i}.png")
+    data = common.folder(tmp_path, 8)
+    for x in data.images, data.test_images:
+        assert (x[:, 0, :, :4] == 200).all() and not x[:, 0, :, 4:].any() and not x[:, 1:].any()
+
+
 def test_flat_folder_has_no_labels_and_odd_images_are_read(tmp_path):
     for i in range(20):
         shade(tmp_path / f"{i:02}.jpg", i, (9 + i, 40 - i))
@@ -399,12 +410,21 @@ def test_the_probe_names_k_nn_and_linear_rightly():
     assert found["knn"] > 90 and found["linear"] < 70
 
 
+def test_the_protocol_learns_from_training_images_alone():
+    """Where test images bear the other class's label, all is wrong: nobody saw them."""
+    y = torch.arange(200) % 2
+    x = rand(200, 4) + 20 * torch.eye(4)[y]
+    assert common.probe(x, x, common.Data(x, y, x, y, ("a", "b"))) == dict(knn=100., linear=100.)
+    assert common.probe(x, x, common.Data(x, y, x, 1 - y, ("a", "b"))) == dict(knn=0., linear=0.)
+
+
 def test_steps_deal_each_image_of_a_batch_to_one_process(monkeypatch):
     """Of two: parts of one batch, all images once an epoch, in another order, and other draws each time."""
-    cfg, dealt, drawn = common.Config(batch_size=8), [], []
+    dealt, drawn = [], []
     monkeypatch.setattr(common, "world", lambda: 2)
     monkeypatch.setattr(common.dist, "all_reduce", lambda *args: None)
-    for rank in range(2):
+    for rank, seed in (0, 0), (1, 0), (0, 1):
+        cfg = common.Config(batch_size=8, seed=seed)
         monkeypatch.setattr(common, "rank", lambda rank=rank: rank)
         run = common.Run.__new__(common.Run)
         vars(run).update(cfg=cfg, name="x", first=0, total=99, per_epoch=5, seconds=0., save=lambda: None,
@@ -413,9 +433,34 @@ def test_steps_deal_each_image_of_a_batch_to_one_process(monkeypatch):
         mine = [(index, torch.rand(1).item()) for (_, index), _ in zip(steps, range(10), strict=False)]
         dealt.append(torch.stack([index for index, _ in mine]))  # [10,4]
         drawn += [x for _, x in mine]
-    both = torch.cat(dealt, 1)                                   # [10,8]
+    both, other = torch.cat(dealt[:2], 1), dealt[2]              # [10,8], [10,4] of another seed
     assert all(epoch.flatten().sort().values.equal(torch.arange(40)) for epoch in both.split(5))
-    assert not both[:5].equal(both[5:]) and len(set(drawn)) == 20
+    assert not both[:5].equal(both[5:]) and not both[:, :4].equal(other) and len(set(drawn)) == 30
+
+
+def test_the_seed_is_that_of_the_weights(tmp_path):
+    drawn = [(common.Run(common.Config(seed=seed, out=str(tmp_path)), __file__), torch.rand(1).item())[1]
+             for seed in (0, 1, 0)]
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_autocast_is_that_of_the_flag(tmp_path):
+    for precision, there in (("bf16", True), ("fp32", False), ("auto", False)):
+        cfg = common.Config(precision=precision, device="cpu", out=str(tmp_path))
+        with common.Run(cfg, __file__).autocast():
+            assert torch.is_autocast_enabled("cpu") == there
+            assert (torch.eye(2) @ torch.eye(2)).dtype == (torch.bfloat16 if there else torch.float32)
+
+
+@pytest.mark.parametrize("rank, known", [(0, ["cifar10", "barrier"]), (1, ["barrier", "cifar10"])])
+def test_of_several_processes_the_first_downloads_alone(rank, known, monkeypatch):
+    calls, x = [], torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    monkeypatch.setattr(common, "rank", lambda: rank)
+    monkeypatch.setattr(common, "world", lambda: 2)
+    monkeypatch.setattr(common.dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(common, "cifar10", lambda *a: calls.append("cifar10") or common.Data(x, x, x, x, ()))
+    load_data(Flags(data="cifar10"))
+    assert calls == known
 
 
 def test_folder_with_an_image_beside_the_classes(tmp_path):

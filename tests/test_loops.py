@@ -4,6 +4,7 @@ import torch
 from running import UNTAUGHT, given, load, train
 
 from common import cosine
+from kernels.slots import enlarge
 from kernels.toys import toys
 from kernels.views import normalise
 
@@ -33,7 +34,7 @@ VIEWS = dict(                                                    # flags; argume
                         [((46,), PLAIN | dict(scale=(.6, 1.), ratio=(1, 1)))]),
     # crops and mirror images, nothing more, where colours are to be told, or what stands upright
     **{name: ("--crop .6", [((), PLAIN | dict(scale=(.6, 1.)))]) for name in
-       "mae beit simmim colorization rotnet split_brain context_encoder supervised".split()},
+       "mae beit simmim colorization rotnet split_brain context_encoder supervised transfer".split()},
     **{name: ("", [((), PLAIN | dict(scale=None))]) for name in "igpt pixelcnn slot_attention".split()})
 
 
@@ -188,6 +189,26 @@ def test_masks_before_training_are_not_those_after_it(name, tmp_path, monkeypatc
     assert found["masks"].equal(masks) and found["attention"].equal(a)
 
 
+def test_spots_masks_before_training_are_not_those_after_it(tmp_path, monkeypatch):
+    spot, seen, found = load("spot"), [], {}
+    segment = spot.SPOT.segment
+    monkeypatch.setattr(spot.SPOT, "segment", lambda *a: seen.append(segment(*a)) or seen[-1])
+    monkeypatch.setattr(spot, "compare", lambda masks, *more: found.update(masks) or {})
+    flags = "--no-pretrain --image_size 16 --steps 4 --lr .01".split()
+    train("spot", tmp_path, monkeypatch, *flags, images=16)
+    before, after = seen[0]["A_DEC, teacher"], seen[-1]
+    size = found["untrained"].shape[3]
+    assert found["untrained"].equal(enlarge(before, size))
+    assert all(found[who][-len(y):].equal(enlarge(y, size)) for who, y in after.items()) and len(after) == 4
+
+
+@pytest.mark.parametrize("name", ["slot_attention", "dinosaur", "spot"])
+def test_failures_of_slots_are_printed(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(load(name), "complaints", lambda masks: [f"{masks.ndim} axes"])
+    train(name, tmp_path, monkeypatch, "--steps", "1", *UNTAUGHT.get(name, []), images=16)
+    assert "WARNING: 4 axes" in capsys.readouterr().out
+
+
 def test_dino_scores_its_own_attention_and_that_before_training(tmp_path, monkeypatch):
     dino, seen = load("dino"), []
     attend = dino.attend
@@ -232,7 +253,7 @@ def test_frames_of_a_clip_come_in_their_order(tmp_path, monkeypatch):
 REACH = dict(moco=dict(tau=.3, splits=2, shuffle=False), swav=dict(tau=.3, eps=.02, iterations=7),
              dino=dict(tau_s=.3, centering=False), ibot=dict(tau_s=.3),
              instdisc=dict(tau=.3, negatives=3, keep=.2, proximal=7.), obow=dict(kappa=3.),
-             exemplar_cnn=dict(margin=.3))
+             exemplar_cnn=dict(margin=.3), transfer=dict(smoothing=.3))
 
 
 @pytest.mark.parametrize("name", REACH)

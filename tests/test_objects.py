@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from running import load, train
 
+from kernels.decoders import axes, quadratic
+from kernels.slots import enlarge
+
 SMALL = dict(image_size=16, k=3, dim=8)
 
 
@@ -229,6 +232,44 @@ def test_spot_slots_of_teacher_and_student():
     found = method.eval().segment(x())
     assert list(found) == ["A_DEC, teacher", "A_SLOT, teacher", "A_DEC, student", "A_SLOT, student"]
     assert all(torch.allclose(m.sum(1), torch.ones(4, 16), atol=1e-5) for m in found.values())
+
+
+@pytest.mark.parametrize("orders", [1, 9])
+def test_spots_masks_are_the_decoders_and_the_slots_of_each_network_over_all_orders(orders):
+    """By hand. The student sees the tuned encoder, the teacher the frozen one; both masks are of one draw."""
+    _, method = small("spot", decoder="autoregressive", tune=2)
+    method.eval().graduate()
+    for p in method.encoder.blocks[-2:].parameters():
+        p.data.add_(.1 * torch.randn_like(p))
+    h, inputs = (y.detach() for y in method.features(x()))
+    torch.manual_seed(3)
+    found = method.segment(x(), orders)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for who, net, y in (("teacher", method.teacher, h), ("student", method.student, inputs)):
+            s, a = net.slots(net.mlp(y))
+            masks = sum(net.decoder(s, h, order)[1] for order in range(orders)) / orders
+            torch.testing.assert_close(found[f"A_SLOT, {who}"], a[-1])
+            torch.testing.assert_close(found[f"A_DEC, {who}"], masks)
+    assert (found["A_DEC, student"] - found["A_SLOT, student"]).abs().max() > .01
+
+
+@pytest.mark.parametrize("name", ["slot_attention", "dinosaur"])
+def test_attention_is_that_of_the_last_round(name):
+    module, method = small(name)
+    images = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    method.eval()
+    torch.manual_seed(3)
+    masks, a = module.segment(method, images)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        v = module.normalise(images)
+        inputs = method.features(v) if name == "dinosaur" else method.encoder.layers(v)[-1].flatten(2).mT
+        if name == "slot_attention":
+            inputs = inputs + method.place(quadratic(axes(int(inputs.shape[1] ** .5))))
+        _, maps = method.slots(method.mlp(inputs))
+    torch.testing.assert_close(a, enlarge(maps[-1], 16))
+    assert (a - enlarge(maps[0], 16)).abs().max() > 1e-3 and masks.shape == a.shape
 
 
 def test_gradient_norms_are_zero_where_the_slots_do_not_matter():

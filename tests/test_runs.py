@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import common
+from kernels.views import normalise
 
 ROOT = Path(__file__).parents[1]
 FLAGS = "--data toys:n=300 --image_size 16 --batch_size 32 --device cpu".split()
@@ -176,9 +177,19 @@ def test_a_finished_run_has_all_that_the_readme_promises(finished):
         assert 0 <= row["knn"] <= 100 and 0 <= row["linear"] <= 100
     lines = log(folder)
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(line["loss"] > 0 for line in lines)
-    assert lines[-1]["loss"] == pytest.approx(result["loss"], abs=1e-4) and "knn" in lines[-1]
+    assert lines[-1]["loss"] == pytest.approx(result["loss"], abs=1e-4)
+    assert lines[-1]["knn"] == result["knn"]                     # of all images, for there are few
     assert result["parameters"] == sum(v.numel() for k, v in read(folder / "encoder.pt").items()
                                        if "running" not in k and "num_batches" not in k)
+
+
+def test_pixels_are_those_of_the_images_and_the_curve_is_of_what_learns(tmp_path):
+    """Of 16 x 16 pixels nothing is lost. The first k-NN in the log is after a step, which changes it."""
+    result = go(tmp_path, "--image_size", "16", "--lr", ".1")
+    data = common.load_data(common.Config(data="toys:n=300", image_size=16))
+    images = (normalise(x).flatten(1) for x in (data.images, data.test_images))
+    assert result["pixels"] == common.probe(*images, data)
+    assert log(tmp_path / NAME)[-1]["knn"] == result["knn"] != result["untrained"]["knn"]
 
 
 def test_layers_are_probed_before_and_after_training(tmp_path, capsys):
@@ -414,7 +425,9 @@ def test_a_run_of_epochs_counts_them(tmp_path):
 @pytest.mark.parametrize("loss, parts, words", [
     (1.39, {}, "the loss sits on ln 4 = 1.386"), (.005, {}, "the loss sits on independent = 0.000"),
     (1.37, {}, None), (.02, {}, None), (2., dict(perplexity=1.9), "perplexity is 1.9, a collapse"),
-    (2., dict(z=torch.ones(9, 3)), "z_std is 0, a collapse"), (2., dict(perplexity=2.1), None)])
+    (2., dict(z=torch.ones(9, 3)), "z_std is 0, a collapse"), (2., dict(perplexity=2.1), None),
+    (2., dict(z=torch.linspace(-1, 1, 64)[:, None] * torch.ones(8)), "z_rank is"),       # a line: std is 1
+    (2., dict(z=torch.randn(64, 8, generator=torch.Generator().manual_seed(0))), None)])
 def test_a_run_that_has_learned_nothing_is_named(loss, parts, words, tmp_path, capsys):
     """In its second half by the loss, after a tenth by the monitors; once each."""
     cfg = common.Config(data="toys:n=100", image_size=16, batch_size=50, steps=20, out=str(tmp_path))

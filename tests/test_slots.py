@@ -215,6 +215,43 @@ def test_a_patch_is_told_from_those_before_it(order):
         assert torch.isclose(new_masks, masks).all(1)[0][i][:j + 1].all()
 
 
+@torch.no_grad()
+def test_the_autoregressive_decoder_by_hand():
+    """Two blocks of two heads, patch by patch: attention to those so far, to the slots, MLP, residuals. The
+    masks are where the last block looks, the mean of its heads."""
+    torch.manual_seed(0)
+    net = Autoregressive(6, 8, 4, depth=2, heads=2).double().eval()
+    for p in net.parameters():
+        p.add_(.1 * torch.randn_like(p))
+    s, h, order = rand(3, 6), rand(4, 8, seed=2), net.orders[5].tolist()
+    x = net.project(torch.stack([net.first[5], *[h[i] for i in order[:-1]]]))            # [4,8]
+    memory = net.memory(s)                                                               # [3,8]
+
+    def look(q, k, v, seen):                                     # [8], [M,8] twice -> [8], [2,M]
+        out, maps = [], []
+        for part in (slice(0, 4), slice(4, 8)):
+            a = (k[:seen, part] @ q[part] / 2).softmax(0)
+            out.append(a @ v[:seen, part])
+            maps.append(a)
+        return torch.cat(out), torch.stack(maps)
+
+    for block in net.blocks:
+        y, rows = x.clone(), []
+        q, k, v = block.qkv(block.norms[0](x)).split(8, 1)
+        for i in range(4):
+            y[i] = x[i] + block.out(look(q[i], k, v, i + 1)[0])
+            k2, v2 = block.kv(memory).split(8, 1)
+            told, a = look(block.q(block.norms[1](y[i])), k2, v2, 3)
+            y[i] = y[i] + block.out_cross(told)
+            y[i] = y[i] + block.mlp(block.norms[2](y[i]))
+            rows.append(a.mean(0))
+        x = y
+    out, masks = net(s[None], h[None], 5)
+    for i, patch in enumerate(order):
+        torch.testing.assert_close(out[0, patch], net.norm(x[i]))
+        torch.testing.assert_close(masks[0, :, patch], rows[i])
+
+
 def test_each_order_has_a_start_of_its_own_and_slots_have_none():
     torch.manual_seed(0)
     net, s, h = Autoregressive(6, 8, 16, 2, 2).double(), rand(1, 3, 6), rand(1, 16, 8)

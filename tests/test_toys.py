@@ -211,6 +211,20 @@ def test_rho_ties_hue_to_class():
     assert spread(1) > .85 and spread(0) < .6
 
 
+def test_each_class_has_hues_of_its_own():
+    """With rho = 1 the parts' hues lie about those of the class, less than .05 away."""
+    d = toys(300, 14, 64, rho=1, grey=True, noise=0, light=0, contrast=0)
+    for c, (name, (*hues, _, _)) in enumerate(DRAWN.items()):
+        x, m = d["images"][d["labels"] == c].double() / 255, d["masks"][d["labels"] == c] > 0
+        x = x.movedim(1, 3)[_inside(m)]                          # [n,3] pixels within toys
+        x = x[x.amax(1) - x.amin(1) > .2]
+        top, low = x.amax(1), x.amin(1)
+        r, g, b = ((top[:, None] - x) / (top - low)[:, None]).T
+        hue = torch.where(x[:, 0] == top, b - g, torch.where(x[:, 1] == top, 2 + r - b, 4 + g - r)) / 6 % 1
+        far = torch.stack([(hue - h + .5) % 1 - .5 for h in hues]).abs().amin(0)
+        assert (far < .06).double().mean() > .9, name
+
+
 def test_parts_false_is_one_hue():
     def hues(parts):
         d = toys(60, 12, 64, parts=parts, rho=0, grey=True, **CALM)

@@ -262,6 +262,9 @@ def test_published_weights_are_tuned_as_a_run_is(tmp_path, monkeypatch, capsys, 
     data = common.load_data(common.Config(data="toys:n=100", image_size=size))
     own = common.probe(*(common.features(theirs, x) for x in (data.images, data.test_images)), data)
     assert result["untrained"] == own
+    encode = lambda x: theirs.eval().layers(normalise(x))[-1]    # noqa: E731
+    assert result["miou_untrained"] == pytest.approx(evaluation.class_iou(
+        *evaluation.segment(encode, data)), abs=1e-6)
 
 
 def test_k_nn_probe_and_training_see_the_chosen_labels_alone(tmp_path, monkeypatch):

@@ -144,6 +144,34 @@ def test_files_of_other_projects_load(project, tmp_path):
     assert loaded is encoder and all(v.equal(weights[k]) for k, v in encoder.state_dict().items())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name, where", [("resnet18", "conv1"), ("resnet50", "conv2")])
+def test_a_block_by_hand(name, where):
+    """The stride is the first 3 x 3's, as torchvision's and MoCo's weights ask for; ReLU after the sum."""
+    block = create_encoder(name, 64).eval().layer2[0]
+    strides = {k: m.stride for k, m in block.named_children() if k.startswith("conv")}
+    assert {k for k, stride in strides.items() if stride == (2, 2)} == {where}
+    x = torch.randn(2, block.conv1.in_channels, 8, 8)
+    y, last = x, len(strides)
+    for i in range(1, last + 1):
+        y = getattr(block, f"bn{i}")(getattr(block, f"conv{i}")(y))
+        y = y.clamp(min=0) if i < last else (y + block.downsample(x)).clamp(min=0)
+    torch.testing.assert_close(block(x), y)
+
+
+@torch.no_grad()
+def test_a_vits_block_by_hand():
+    """Pre-norm, the exact GELU, 1 / sqrt(d) in each head."""
+    block, x = create_encoder("vit_micro/4", 16).blocks[0].double(), torch.randn(1, 5, 128).double()
+    q, k, v = block.attn.qkv(block.norm1(x))[0].split(128, 1)
+    parts = [slice(i, i + 32) for i in range(0, 128, 32)]
+    heads = [(q[:, p] @ k[:, p].T / 32 ** .5).softmax(1) @ v[:, p] for p in parts]
+    y = x[0] + block.attn.proj(torch.cat(heads, 1))
+    z = block.mlp.fc1(block.norm2(y))
+    y = y + block.mlp.fc2(z * (1 + torch.erf(z / 2 ** .5)) / 2)
+    torch.testing.assert_close(block(x)[0], y)
+
+
 def test_positions_are_resized_to_the_image():
     """As torch's bicubic resizes them; the position of [CLS] and all other weights are kept."""
     small, large = create_encoder("vit_micro/4", 32), create_encoder("vit_micro/4", 48)
