@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import tarfile
 import threading
 from dataclasses import dataclass, fields
@@ -436,6 +437,26 @@ def test_steps_deal_each_image_of_a_batch_to_one_process(monkeypatch):
     both, other = torch.cat(dealt[:2], 1), dealt[2]              # [10,8], [10,4] of another seed
     assert all(epoch.flatten().sort().values.equal(torch.arange(40)) for epoch in both.split(5))
     assert not both[:5].equal(both[5:]) and not both[:, :4].equal(other) and len(set(drawn)) == 30
+
+
+def test_a_run_is_saved_ten_times_and_leaves_signals_as_they_were():
+    saved, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    before, run = [signal.getsignal(s) for s in numbers], common.Run.__new__(common.Run)
+    vars(run).update(cfg=common.Config(batch_size=8), name="x", first=0, total=40, per_epoch=5, seconds=0.,
+                     device=torch.device("cpu"), save=lambda: saved.append(run.step))
+    during = [[signal.getsignal(s) for s in numbers] for _ in run.steps(40)]
+    assert saved == list(range(3, 40, 4)) and [signal.getsignal(s) for s in numbers] == before
+    assert len(during) == 40 and not any(set(handlers) & set(before) for handlers in during)
+
+
+def test_neighbours_are_the_nearest_training_images(tmp_path, monkeypatch):
+    """Test images are training images, turned in another order: each finds itself first."""
+    images, rows = torch.randint(256, (20, 3, 8, 8), dtype=torch.uint8), {}
+    monkeypatch.setattr(common, "save_grid", lambda path, given, title: rows.update(given))
+    common.save_neighbours(tmp_path / "x.png", torch.nn.Flatten(),
+                           common.Data(images, None, images.flip(0), None, ()))
+    for x, row in zip(images.flip(0)[:6], rows.values(), strict=True):
+        assert len(row) == 8 and row[0].equal(x) and row[1].equal(x) and not row[2].equal(x)
 
 
 def test_the_seed_is_that_of_the_weights(tmp_path):
