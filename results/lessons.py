@@ -159,7 +159,7 @@ def tenth(seeds):
 def draw_labels(rows, path):
     """Accuracy over the number of labels: fine-tuned, from scratch, and a linear probe of frozen features."""
     from matplotlib.figure import Figure
-    figure = Figure((5.5, 3.6), layout="tight")
+    figure = Figure((7, 3.6), layout="tight")
     axis = figure.subplots()
     lines = [(name, False, title, dict(color=f"C{i}")) for i, (name, title) in enumerate(STARTS.items())]
     lines += [(name, True, title, dict(color=color, ls=":"))
@@ -178,7 +178,7 @@ def draw_labels(rows, path):
     axis.set(xlabel="labels", ylabel="accuracy, %", xticks=ticks, xticklabels=[f"{n:,}" for n in ticks])
     axis.minorticks_off()
     axis.set_title("fine-tuned; thin: linear probe of frozen features", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=110)
 
 
