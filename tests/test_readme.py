@@ -194,7 +194,7 @@ def test_a_line_of_other_seeds_says_so(tmp_path):
 
 
 def test_masks_of_variants_are_shown_by_command_without_the_seed(tmp_path):
-    """First the methods as they are; a line for each kind of masks that were learned, mean over the seeds."""
+    """First the methods as they are, with the same seeds; a line for each kind of masks that were learned."""
     row = {f"{metric}, {who}": .25 for metric in ("ari", "fg_ari", "mbo") for who in ("masks", "blocks")}
     row |= dict(method="slot_attention", machine="m", torch="t", busy=True)
     file = tmp_path / "variants-some.jsonl"
@@ -202,7 +202,7 @@ def test_masks_of_variants_are_shown_by_command_without_the_seed(tmp_path):
     file.write_text("\n".join(json.dumps(row | dict(command=command.format(i), seed=i)) for i in (0, 1)))
     lines = table.objects_table(file).splitlines()[2:]
     rows = table.read(table.ROOT / "results/toys.jsonl")
-    ari = [r["ari, masks"] for r in rows if r["method"] == "slot_attention"]
+    ari = [r["ari, masks"] for r in rows if r["method"] == "slot_attention" and r["seed"] < 2]     # as here
     assert lines[0].startswith(f"| `python methods/slot_attention.py` | masks | {sum(ari) / len(ari):.2f} ")
     assert lines[2] == f"| `{command.format(0)[:-9]}` | masks | 0.25 ± 0.00 | 0.25 ± 0.00 | 0.25 ± 0.00 |"
     assert not lines[3]
