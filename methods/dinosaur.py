@@ -12,7 +12,7 @@ Good at: things that its encoder tells apart. Not at: more than that; outlines f
 
 Run      python methods/dinosaur.py
          mBO .45 ± .00 (untrained .13, blocks .22, k-means of h .43), ARI .57 ± .01 (-.03, .04, .54), FG-ARI
-         .47 ± .00 (.09, .39, .40); 41 s on 2 cores, after dino.py's own run
+         .47 ± .00 (.09, .39, .40); 47 s on 2 cores, after dino.py's own run
 Differs  the encoder is dino.py's small ViT of single toys, or --weights; features are told normalised, unless
          --no-norm; mlp has positions in each slot's frame, too (2302.04973), unless --no-relative; a
          cosine, not halving; no flips; AdamW; autoregressive: no bias in attention, a last norm, BOS .02.

@@ -9,7 +9,7 @@ He, Chen, Xie, Li et al. Masked Autoencoders Are Scalable Vision Learners. CVPR 
 Good at: pre-training transformers for fine-tuning, at low cost. Not at: k-NN; its features are for painting.
 
 Run      python methods/mae.py
-         linear 44.2 ± 1.9 % (untrained 29.1; each seed at least +13), k-NN 30.6 ± 3.9 (15.0); 62 s on 2 cores
+         linear 44.2 ± 1.9 % (untrained 29.1; each seed at least +13), k-NN 30.6 ± 3.9 (15.0); 63 s on 2 cores
 Differs  the probe sees the mean of patches; bilinear crops; the quick run's are larger, its patches 4 pixels.
 """
 import sys

@@ -12,7 +12,7 @@ colour tells no things apart; leaving a slot empty: one that is to spare shares 
 
 Run      python methods/slot_attention.py
          ARI .59 ± .04 (untrained -.02; four equal blocks .02), mBO .44 ± .02 (.09; .16), FG-ARI .53 ± .02
-         (.12; .46), of the attention .57 ± .02, each seed above both; 42 s on 2 cores
+         (.12; .46), of the attention .57 ± .02, each seed above both; 49 s on 2 cores
 Differs  the decoder's positions count from the mean of each slot's attention, in its standard deviations, as
          Invariant Slot Attention's (Biza et al., ICML 2023, arXiv 2302.04973); --no-relative counts from the
          image's middle (paper: its sides). Squares and products of positions enter, the encoder's too; pixels

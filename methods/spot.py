@@ -15,7 +15,7 @@ networks, one after the other.
 
 Run      python methods/spot.py
          A_DEC: mBO .42 ± .02 (its teacher .43 ± .01, untrained .13, blocks .22, k-means of h .43), FG-ARI
-         .51 ± .02 (.44 ± .01, .09, .39, .40), ARI .50 ± .05 (.54 ± .02, -.02, .04, .54); 43 s on 2 cores,
+         .51 ± .02 (.44 ± .01, .09, .39, .40), ARI .50 ± .05 (.54 ± .02, -.02, .04, .54); 51 s on 2 cores,
          after dino.py's own run
 Differs  the encoder is a small ViT that dino.py trains on single toys, first, unless --weights gives one;
          the quick run's decoder is the MLP, positions as in dinosaur.py, for the paper's takes twice the
