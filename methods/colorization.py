@@ -106,7 +106,8 @@ class Colorization(nn.Module):
         super().__init__()
         self.encoder, self.loss = Grey(encoder), loss
         with torch.no_grad():
-            side = encoder.eval().layers(next(encoder.parameters()).new_zeros(1, 3, 64, 64))[-1].shape[3]
+            x = next(encoder.parameters(), torch.empty(0)).new_zeros(1, 3, 64, 64)
+            side = encoder.eval().layers(x)[-1].shape[3]
         stride = getattr(encoder.train(), "patch", 64 // side)
         self.steps = max(0, math.ceil(math.log2(stride / 4)))    # up to a quarter of the image
         self.cell = stride / 2 ** self.steps

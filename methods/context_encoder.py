@@ -110,7 +110,7 @@ class ContextEncoder(nn.Module):
         self.encoder, self.adversarial = encoder, adversarial
         self.size, self.seen_weight = {"centre": (side // 2, 10.), "random": (side, 0.)}[region]
         with torch.no_grad():
-            x = next(encoder.parameters()).new_zeros(1, 3, side, side)
+            x = next(encoder.parameters(), torch.empty(0)).new_zeros(1, 3, side, side)
             m, n = encoder.eval().layers(x)[-1].shape[1:3]
         encoder.train()
         self.register_buffer("mean", torch.zeros(1, 3, 1, 1))    # mean colour of the data

@@ -111,7 +111,7 @@ class SplitBrain(nn.Module):
         self.register_buffer("bins", ab_bins())                  # [313,2]
         for encoder, part in zip(encoders, sees, strict=True):
             with torch.no_grad():
-                x = next(encoder.parameters()).new_zeros(1, 3, 64, 64)
+                x = next(encoder.parameters(), torch.empty(0)).new_zeros(1, 3, 64, 64)
                 side = encoder.eval().layers(x)[-1].shape[3]
             stride, d = getattr(encoder.train(), "patch", 64 // side), encoder.dim
             up = max(1, stride // cell)                          # up * up cells a place of the map

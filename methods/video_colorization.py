@@ -100,7 +100,7 @@ class VideoColorization(nn.Module):
         super().__init__()
         self.encoder, self.grid = encoder, grid
         with torch.no_grad():
-            x = next(encoder.parameters()).new_zeros(1, 3, 64, 64)
+            x = next(encoder.parameters(), torch.empty(0)).new_zeros(1, 3, 64, 64)
             widths = [a.shape[1] for a in encoder.eval().layers(x)]
         encoder.train()
         self.register_buffer("places", (2 * places(grid) - 1)[None])     # [1,2,g,g], -1..1
