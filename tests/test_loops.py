@@ -1,4 +1,4 @@
-"""What the loop of each method does: which views, in which order, with which flags, clipped how."""
+"""What each loop does: which views of which images, in which order, clipped how; what is measured on what."""
 import pytest
 import torch
 from running import UNTAUGHT, given, load, train
