@@ -31,11 +31,11 @@ PICTURES = dict(                                                 # of the runs w
     pixelcnn="pixelcnn-toys-n=4000-noise=0-seed0/samples",
     igpt="igpt-toys-n=6000-noise=0-seed0/completions", igpt_layers="igpt-toys-n=6000-noise=0-seed0/layers",
     transfer="rotnet-toys-seed0/transfer-toys-seed0/places")
-# In the gallery:
+# Which rows of a picture the gallery shows; of the others the first.
 ROWS = dict(mae=(0, 1), rotnet=(0, 2), colorization=(0, 3), video_colorization=(0, 1), context_encoder=(0, 2),
             jigsaw=(1, 2), context_prediction=(4, 5), split_brain=(1, 2), barlow_twins=(0, 1), vicreg=(0, 1),
             dino=(0, 5), swav=(1, 6), bownet=(7,), obow=(0, 2), ibot=(0, 7), beit=(0, 1), simmim=(0, 1),
-            pixelcnn=(1, 2), igpt=(0, 2), slot_attention=(0, 9), dinosaur=(0, 5), spot=(0, 3))    # else 0
+            pixelcnn=(1, 2), igpt=(0, 2), slot_attention=(0, 9), dinosaur=(0, 5), spot=(0, 3))
 HEIGHT, LEFT, WIDTH = 56, 270, 960                               # of a row, its words and all, in pixels
 
 

@@ -38,9 +38,12 @@ VIEWS = dict(                                                    # flags; argume
     **{name: ("", [((), PLAIN | dict(scale=None))]) for name in "igpt pixelcnn slot_attention".split()})
 
 
+FIRST = dict(bownet=[((), PLAIN | dict(scale=(.7, 1.)))])         # of its first stage, before it turns them
+
+
 def of_a_step(module, monkeypatch):
-    """(arguments, options) of each call of views() in the loop, all of the images that are the step's."""
-    drawn, now, views, steps = [], [], module.views, module.Run.steps
+    """(arguments, options) of each call of views() in the loop, all of the step's images; and outside."""
+    drawn, outside, now, views, steps = [], [], [], module.views, module.Run.steps
 
     def watched(self, n):
         for step, index in steps(self, n):
@@ -49,26 +52,28 @@ def of_a_step(module, monkeypatch):
             now.clear()
 
     def drawing(x, *arguments, **options):
-        if now:
-            assert x.equal(now[0])
-            drawn.append((arguments, options))
+        assert not now or x.equal(now[0])
+        (drawn if now else outside).append((arguments, options))
         return views(x, *arguments, **options)
 
     monkeypatch.setattr(module.Run, "steps", watched)
     monkeypatch.setattr(module, "views", drawing)
-    return drawn
+    return drawn, outside
 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_views_are_of_the_same_images_as_the_flags_say(name, tmp_path, monkeypatch):
-    (flags, known), drawn = VIEWS[name], of_a_step(load(name), monkeypatch)
+    """Those outside the loop, of a first stage or a picture, are drawn alike."""
+    (flags, known), (drawn, outside) = VIEWS[name], of_a_step(load(name), monkeypatch)
     train(name, tmp_path, monkeypatch, "--steps", "1", *flags.split(), images=16)
     assert drawn == [(arguments, pytest.approx(options)) for arguments, options in known]
+    assert all(call in FIRST.get(name, drawn) for call in outside)
+    assert outside or name not in ("bownet", "beit")             # which have a first stage
 
 
 def test_simclr_changes_one_view_where_some_transformations_are_named(tmp_path, monkeypatch):
     simclr = load("simclr")
-    drawn = of_a_step(simclr, monkeypatch)
+    drawn, _ = of_a_step(simclr, monkeypatch)
     train("simclr", tmp_path, monkeypatch, "--steps", "1", "--only", "crop,color", images=16)
     (_, one), (_, two) = drawn
     assert two["scale"] is None and not two["p_jitter"] and one["scale"] and one.get("p_jitter", .8)
@@ -143,10 +148,14 @@ def test_gradients_are_clipped(name, tmp_path, monkeypatch):
 
 
 def dark(module, monkeypatch):
-    """Test images, and what is measured on them, without a light: they are told from training images."""
-    old = module.load_data
-    monkeypatch.setattr(module, "load_data", lambda cfg, device: (
-        data := old(cfg, device))._replace(test_images=torch.zeros_like(data.test_images)))
+    """Its test images are black, which tells them from training images."""
+    load_data = module.load_data
+
+    def loaded(cfg, device):
+        data = load_data(cfg, device)
+        return data._replace(test_images=torch.zeros_like(data.test_images))
+
+    monkeypatch.setattr(module, "load_data", loaded)
 
 
 @pytest.mark.parametrize("name, function", [("rotnet", "failures"), ("jigsaw", "puzzles"), ("beit", "report"),
@@ -240,11 +249,13 @@ def test_spot_draws_its_orders(tmp_path, monkeypatch):
 def test_frames_of_a_clip_come_in_their_order(tmp_path, monkeypatch):
     """Four of six, the last of which copies from those before it; which ones is drawn for each clip."""
     video = load("video_colorization")
-    old, seen = video.load_data, given(video, monkeypatch)
-    rising = 20 + 30 * torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1)
-    monkeypatch.setattr(video, "load_data", lambda cfg, device: (
-        data := old(cfg, device)) if "frames" not in cfg.data else (
-        data := old(cfg, device))._replace(images=rising.expand_as(data.images)))
+    load_data, seen = video.load_data, given(video, monkeypatch)
+
+    def rising(cfg, device):                                     # the clips, not the stills of the table
+        data, light = load_data(cfg, device), 20 + 30 * torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1)
+        return data._replace(images=light.expand_as(data.images)) if "frames" in cfg.data else data
+
+    monkeypatch.setattr(video, "load_data", rising)
     train("video_colorization", tmp_path, monkeypatch, "--steps", "1", images=16)
     light = seen[0][0].mean((2, 3, 4))                           # [B,4]
     assert (light.diff(dim=1) > .1).all() and len(light.unique(dim=0)) > 3
